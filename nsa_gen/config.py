@@ -1,0 +1,146 @@
+"""Frozen values: what kernel is wanted (Problem), for what sizes (Shape), built how (Config)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError, allowed
+from .spec import Spec
+
+Value = int | str | bool | None
+
+#: The exact key of each kernel: every field that changes generated code. ``head_dim`` is that of the pooled tensor.
+KEY_FIELDS: dict[str, tuple[str, ...]] = {
+    "compress_fwd": ("dtype", "head_dim", "block", "stride", "pooling", "hidden", "varlen"),
+    "compressed_attention_fwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "block", "stride", "varlen"),
+    "importance_fwd": ("dtype", "group", "head_dim_qk", "block", "stride", "selection_block", "mapping", "varlen"),
+    "select_topk": ("selection_block", "count", "initial", "local", "varlen"),
+    "selected_attention_fwd": (
+        "dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "initial", "local", "varlen",
+    ),
+    "sliding_attention_fwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "window", "varlen"),
+    "combine_fwd": ("dtype", "head_dim_v"),
+}  # fmt: skip
+KERNELS = tuple(KEY_FIELDS)
+
+
+class _Named:
+    """Read access by name (``x["a"]``, ``x.a``) over a tuple of pairs; hashable, so it can key a cache."""
+
+    kernel: str
+    values: tuple[tuple[str, Value], ...]
+
+    def __getitem__(self, name: str) -> Value:
+        for key, value in self.values:
+            if key == name:
+                return value
+        raise ConfigError(f"{self.kernel}: no field {name!r}, allowed: {', '.join(k for k, _ in self.values)}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except ConfigError as error:
+            raise AttributeError(str(error)) from None
+
+    def as_dict(self) -> dict[str, Value]:
+        return dict(self.values)
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits over kernel name and values."""
+        text = json.dumps([self.kernel, self.values], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Problem(_Named):
+    """A kernel and its exact key, e.g. ``sliding_attention_fwd`` with ``dtype, group, head_dim_qk, …``."""
+
+    kernel: str
+    values: tuple[tuple[str, Value], ...]
+
+    @classmethod
+    def of(cls, kernel: str, fields: dict[str, Value]) -> Problem:
+        names = key_fields(kernel)
+        if set(fields) != set(names):
+            raise ConfigError(f"{kernel}: key must have exactly the fields {', '.join(names)}; got {', '.join(sorted(fields))}")
+        return cls(kernel, tuple((name, fields[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class Config(_Named):
+    """Named knob values of one kernel. The order of names does not matter: they are kept sorted."""
+
+    kernel: str
+    values: tuple[tuple[str, Value], ...]
+
+    @classmethod
+    def of(cls, kernel: str, values: dict[str, Value]) -> Config:
+        return cls(kernel, tuple(sorted(values.items())))
+
+    def replace(self, **changes: Value) -> Config:
+        return Config.of(self.kernel, self.as_dict() | changes)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes a table row holds a range of.
+
+    Args:
+        seqlen: tokens of the longest sequence.
+        batch_heads: sequences × KV heads.
+    """
+
+    seqlen: int
+    batch_heads: int
+
+
+def key_fields(kernel: str) -> tuple[str, ...]:
+    """Key field names of ``kernel``; raises ConfigError for an unknown kernel."""
+    try:
+        return KEY_FIELDS[kernel]
+    except KeyError:
+        raise ConfigError(f"unknown kernel: {allowed(kernel, KERNELS)}") from None
+
+
+def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str = "k") -> Problem:
+    """The Problem of ``kernel`` for ``spec``.
+
+    Args:
+        kernel: one of ``KERNELS``.
+        spec: geometry and dtype.
+        varlen: sequences of differing lengths given by ``cu_seqlens``.
+        which: for ``compress_fwd``: ``"k"`` or ``"v"``, the tensor that is pooled (its head dim is in the key).
+    """
+    head_dim = spec.head_dim.qk if which == "k" else spec.head_dim.v
+    pooling = spec.compression.pooling
+    known: dict[str, Value] = {
+        "dtype": spec.dtype,
+        "group": spec.group,
+        "head_dim": head_dim,
+        "head_dim_qk": spec.head_dim.qk,
+        "head_dim_v": spec.head_dim.v,
+        "block": spec.compression.block,
+        "stride": spec.compression.stride,
+        "pooling": pooling,
+        "hidden": (spec.compression.hidden or head_dim) if pooling == "mlp" else 0,
+        "selection_block": spec.selection.block,
+        "count": spec.selection.count,
+        "initial": spec.selection.initial,
+        "local": spec.selection.local,
+        "mapping": spec.selection.mapping,
+        "window": spec.window,
+        "varlen": varlen,
+    }
+    return Problem.of(kernel, {name: known[name] for name in key_fields(kernel)})
+
+
+def problems(spec: Spec, *, varlen: bool = False) -> list[Problem]:
+    """All distinct Problems of a spec (K and V of unequal head dims pool as two)."""
+    found = [problem(kernel, spec, varlen=varlen, which=which) for kernel in KERNELS for which in "kv"]
+    return list(dict.fromkeys(found))

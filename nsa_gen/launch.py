@@ -1,0 +1,149 @@
+"""Bind a ``@triton.jit`` function to one binary per device and launch it with little host work.
+
+``JITFunction.run`` specialises every integer on its value on every call. Rendered kernels never need that: integer types come
+from annotations and pointers are 16-byte aligned by convention (see docs/design.md). So a kernel is compiled once from an explicit
+signature, and a launch is one dictionary look-up and one call of the compiled kernel. The same signature code serves
+ahead-of-time compilation without a GPU: under :func:`recording`, launches become :class:`Job` s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.compiler import ASTSource
+
+from .errors import CompileError
+
+_DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+_recording: list[Job] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: what :func:`compile_job` needs, for any target.
+
+    ``constants`` are the constexpr values, ``options`` the launch options (``num_warps`` …).
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+def compile_job(job: Job, target: Any) -> Any:
+    """Compile for ``target`` (a ``triton.backends.compiler.GPUTarget``); returns Triton's CompiledKernel. No GPU needed.
+
+    Raises:
+        CompileError: Triton refused the kernel; the message names kernel and target.
+    """
+    names = list(job.signature)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if job.signature[n].startswith("*")}
+    try:
+        source = ASTSource(fn=job.kernel, signature=job.signature, constexprs=job.constants, attrs=aligned)
+        return triton.compile(source, target=target, options=job.options)
+    except Exception as error:  # Triton raises many types, from ValueError to RuntimeError with an MLIR dump
+        raise CompileError(f"{job.name} for {target.backend}:{target.arch}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def recording() -> Iterator[list[Job]]:
+    """Collect launches as jobs instead of running them. Host functions may then be called with ``meta`` tensors."""
+    global _recording
+    outer, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = outer
+
+
+class Launcher:
+    """A jit function with its constexpr values and launch options.
+
+    Args:
+        kernel: a ``@triton.jit`` function whose integer parameters are annotated ``tl.int32`` or ``tl.int64`` and
+            floats ``tl.float32``; pointers carry no annotation.
+        constants: constexpr values by parameter name.
+        options: ``num_warps``, ``num_stages``, ``maxnreg`` (``None`` values are dropped).
+    """
+
+    __slots__ = ("_bound", "constants", "kernel", "options")
+
+    def __init__(self, kernel: Any, constants: dict[str, Any] | None = None, **options: Any):
+        self.kernel = kernel
+        self.constants = constants or {}
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self._bound: dict[Any, Any] = {}
+
+    def __call__(self, grid: tuple[int, ...], *args: Any, **extra: Any) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            grid: 1 to 3 program counts; a zero count launches nothing.
+            args: run-time arguments in signature order (all constexpr parameters come after them).
+            extra: constexpr values that differ from call to call (one binary for each distinct set).
+        """
+        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
+        if _recording is not None:
+            _recording.append(self.job(args, extra))
+            return
+        if not grid_x * grid_y * grid_z:
+            return
+        kernel = self.kernel
+        if not isinstance(kernel, triton.JITFunction):  # the interpreter
+            kernel[grid](*args, **self.constants, **extra)
+            return
+        device = torch.cuda.current_device()
+        key = (device, *extra.values()) if extra else device
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(args, extra)
+        run, function, metadata, tail = bound
+        run(grid_x, grid_y, grid_z, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None, *args, *tail)
+
+    def job(self, args: tuple[Any, ...], extra: dict[str, Any] | None = None) -> Job:
+        """The compile job for these run-time arguments (tensors on any device, ``meta`` included)."""
+        constants = {**self.constants, **(extra or {})}
+        signature: dict[str, str] = {}
+        runtime = iter(args)
+        for param in self.kernel.params:
+            if param.name in constants or param.is_constexpr:
+                signature[param.name] = "constexpr"
+                constants.setdefault(param.name, param._param.default)
+                continue
+            value = next(runtime)
+            if value is None:
+                signature[param.name], constants[param.name] = "constexpr", None
+            elif isinstance(value, torch.Tensor):
+                signature[param.name] = "*" + _DTYPES[value.dtype]
+            elif param.annotation_type:
+                signature[param.name] = param.annotation_type
+            else:
+                raise CompileError(f"{self.kernel.__name__}: parameter {param.name!r} needs a type annotation such as tl.int32")
+        return Job(self.kernel, signature, constants, self.options)
+
+    def _bind(self, args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+        job = self.job(args, extra)
+        compiled = compile_job(job, triton.runtime.driver.active.get_current_target())
+        run = compiled.run  # loads the binary: raises OutOfResources if it does not fit
+        tail = tuple(job.constants[name] for name in self.kernel.arg_names[len(args) :])
+        return run, compiled.function, compiled.packed_metadata, tail
