@@ -53,11 +53,16 @@ def tail_dim(dim: int) -> int:
     return max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-def render(problem: Problem, config: Config, *, launch_module: str = "nsa_gen.launch", debug: bool = False) -> Source:
+def next_power_of_two(value: int, least: int = 1) -> int:
+    """The smallest power of two ≥ ``value`` and ≥ ``least``."""
+    return max(least, 1 << (value - 1).bit_length())
+
+
+def render(problem: Problem, config: Config, *, standalone: bool = False, debug: bool = False) -> Source:
     """Render the module of ``problem`` built as ``config`` says. Same arguments, same bytes.
 
     Args:
-        launch_module: module the rendered file imports ``Launcher`` from (``.launch`` in a generated package).
+        standalone: import ``Launcher`` from the generated package's own ``.launch`` instead of ``nsa_gen.launch``.
         debug: add device-side checks (``tl.device_assert``).
 
     Raises:
@@ -80,10 +85,11 @@ def render(problem: Problem, config: Config, *, launch_module: str = "nsa_gen.la
         "p": problem,
         "c": config,
         "header": header,
-        "launch_module": launch_module,
+        "standalone": standalone,
         "debug": debug,
         "main_dim": main_dim,
         "tail_dim": tail_dim,
+        "next_power_of_two": next_power_of_two,
     }
     try:
         text = _environment().get_template(name).render(variables)
