@@ -130,3 +130,49 @@ def neighbours(problem: Problem, config: Config) -> Iterator[Config]:
 
 # --- the kernels' spaces -------------------------------------------------------------------------------------------------------
 
+SPACES["selected_attention_fwd"] = Space(
+    knobs=(
+        Knob("loop", ("query_outer", "kv_outer")),
+        # query_outer: operands "keys" puts keys on the tensor core's rows (wgmma), "rows" the group's heads (mma of 16 rows).
+        Knob("operands", ("rows", "keys"), {"loop": ("query_outer",)}),
+        Knob("num_warps", (1, 2, 4), {"loop": ("query_outer",)}),
+        Knob("num_stages", (1, 2, 3), {"loop": ("query_outer",)}),
+        # kv_outer: tokens a chunk, queries a gather program, rows of its tiles, and of the merge kernel's.
+        Knob("CHUNK", (2048, 4096, 8192, 16384, 32768, 65536), {"loop": ("kv_outer",)}),
+        Knob("ENTRIES", (64, 128, 256, 512, 1024), {"loop": ("kv_outer",)}),
+        Knob("GATHER_M", (64, 128), {"loop": ("kv_outer",)}),
+        Knob("gather_warps", (4, 8), {"loop": ("kv_outer",)}),
+        Knob("gather_stages", (1, 2), {"loop": ("kv_outer",)}),
+        Knob("gather_registers", (None, 128, 168), {"loop": ("kv_outer",)}),
+        Knob("MERGE_M", (32, 64, 128), {"loop": ("kv_outer",)}),
+        Knob("merge_warps", (4, 8), {"loop": ("kv_outer",)}),
+        Knob("merge_stages", (1, 2, 3), {"loop": ("kv_outer",)}),
+    ),
+    defaults={"": lambda p: _selected_default(p)},
+    safe=lambda p: {"loop": "query_outer", "operands": "rows", "num_warps": 4, "num_stages": 1},
+    illegal=lambda p, c: _selected_illegal(p, c),
+)
+
+
+def _selected_default(p: Problem) -> dict[str, Value]:
+    entries = 1024 if p.group == 1 else 512 if p.group <= 4 else 128
+    return {
+        "loop": "kv_outer",
+        "CHUNK": 8192,
+        "ENTRIES": entries,
+        "GATHER_M": 64,
+        "gather_warps": 4,
+        "gather_stages": 1,
+        "gather_registers": 128 if max(p.head_dim_qk, p.head_dim_v) <= 128 and p.dtype != "float32" else None,
+        "MERGE_M": 64,
+        "merge_warps": 4,
+        "merge_stages": 2 if p.dtype != "float32" and max(p.head_dim_qk, p.head_dim_v) <= 128 else 1,
+    }
+
+
+def _selected_illegal(p: Problem, c: Config) -> str | None:
+    if c.loop == "query_outer" and c.operands == "keys" and c.num_warps * 16 > max(p.selection_block, 16):
+        return f"{c.num_warps} warps on a block of {p.selection_block} keys leave warps without rows"
+    if c.loop == "kv_outer" and c.gather_registers is not None and c.gather_warps * 32 * c.gather_registers > 65536:
+        return "more registers than a multiprocessor has"
+    return None
