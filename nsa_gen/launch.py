@@ -1,7 +1,8 @@
 """Bind a ``@triton.jit`` function to one binary per device and launch it with little host work.
 
 ``JITFunction.run`` specialises every integer on its value on every call. Rendered kernels never need that: integer types come
-from annotations and pointers are 16-byte aligned by convention (see docs/design.md). So a kernel is compiled once from an explicit
+from annotations, pointers are 16-byte aligned and parameters named ``stride_*`` are multiples of 8 by convention (see docs/design.md;
+``tl.multiple_of`` on a kernel's parameter is lost by Triton, and with it wide loads and pipelining). So a kernel is compiled once from an explicit
 signature, and a launch is one dictionary look-up and one call of the compiled kernel. The same signature code serves
 ahead-of-time compilation without a GPU: under :func:`recording`, launches become :class:`Job` s.
 """
@@ -57,7 +58,11 @@ def compile_job(job: Job, target: Any) -> Any:
         CompileError: Triton refused the kernel; the message names kernel and target.
     """
     names = list(job.signature)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if job.signature[n].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16 if job.signature[name].startswith("*") else 8]]
+        for i, name in enumerate(names)
+        if job.signature[name].startswith("*") or (name.startswith("stride_") and job.signature[name] != "constexpr")
+    }
     try:
         source = ASTSource(fn=job.kernel, signature=job.signature, constexprs=job.constants, attrs=aligned)
         return triton.compile(source, target=target, options=job.options)
