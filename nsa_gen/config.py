@@ -144,3 +144,31 @@ def problems(spec: Spec, *, varlen: bool = False) -> list[Problem]:
     """All distinct Problems of a spec (K and V of unequal head dims pool as two)."""
     found = [problem(kernel, spec, varlen=varlen, which=which) for kernel in KERNELS for which in "kv"]
     return list(dict.fromkeys(found))
+
+
+def overlap_weights(block: int, stride: int, selection_block: int, mapping: str) -> tuple[tuple[int, ...], ...]:
+    """How compressed tokens count for selection blocks (paper eq. 9), as integer weights by lag.
+
+    With ``c = selection_block // stride``, compressed token ``j = c*(i - lag) + r`` counts ``result[lag][r]`` times for selection
+    block ``i``; a ``j`` below 0 does not exist. Trailing all-zero lags are dropped. ``overlap``: the stride units of compressed
+    block ``j`` that lie in selection block ``i``. ``literal``: eq. 9 with 0-based indices, ``j = c*i - m - n`` for ``m < c``,
+    ``n < block//stride``. 32/16/64 gives 1,2,2,2,1 on ``j = 4i-1 … 4i+3`` (overlap) or ``4i-4 … 4i`` (literal).
+
+    Raises:
+        ConfigError: unknown mapping, or ``stride`` divides not both blocks, or ``block > selection_block``.
+    """
+    if mapping not in ("overlap", "literal"):
+        raise ConfigError(f"mapping: {allowed(mapping, ('overlap', 'literal'))}")
+    if block % stride or selection_block % stride or block > selection_block:
+        raise ConfigError(
+            f"blocks {block}/{stride}/{selection_block}: stride must divide block and selection block, block <= selection block"
+        )
+    units, per_block = block // stride, selection_block // stride
+    # shift = j - c*i. Overlap counts the stride units that token j and block i share: j + n = c*i + m.
+    counts: dict[int, int] = {}
+    for m in range(per_block):
+        for n in range(units):
+            shift = m - n if mapping == "overlap" else -m - n
+            counts[shift] = counts.get(shift, 0) + 1
+    lags = 1 - min(counts) // per_block  # the least shift is 0 or negative
+    return tuple(tuple(counts.get(r - per_block * lag, 0) for r in range(per_block)) for lag in range(lags))
