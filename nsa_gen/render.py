@@ -62,7 +62,7 @@ def render(problem: Problem, config: Config, *, standalone: bool = False, debug:
     """Render the module of ``problem`` built as ``config`` says. Same arguments, same bytes.
 
     Args:
-        standalone: import ``Launcher`` from the generated package's own ``.launch`` instead of ``nsa_gen.launch``.
+        standalone: import ``Launcher`` from the generated package's own ``..launch`` instead of ``nsa_gen.launch``.
         debug: add device-side checks (``tl.device_assert``).
 
     Raises:
