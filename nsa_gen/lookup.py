@@ -1,0 +1,249 @@
+"""Which config serves a call, and why: overrides, the user's entries, shipped tables, borrowed rows, defaults.
+
+The order, first match wins (only overrides and the first two are *exact*):
+
+1. a config given by :func:`override` or :func:`set_override`;
+2. this device, a row of the key whose ranges hold the shape: the user's entries before the shipped table;
+3. this device, the nearest row of the key (octaves in seqlen, then in batch_heads), then the nearest of the key with ``varlen`` flipped;
+4. devices of the same arch, nearest SM count first; then the device's declared fallbacks, in their order: for each as in 2 and 3;
+5. the default for the arch, then the safe config.
+
+A row that needs more shared memory than the device has, or whose config is not in the space, is passed over. Distances are counted in
+whole octaves, so that between two powers of two only row edges change the answer (see :func:`cuts`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from . import paths, space, table
+from .config import Config, Problem, Shape
+from .device import Device, devices
+from .errors import ConfigError, NotTuned
+from .row import Row
+from .table import DigestOf, log
+
+#: Config by what it is for: one Problem, or every problem of a kernel.
+Overrides = tuple[tuple[Problem | str, Config], ...]
+
+SOURCES = ("override", "user cache", "device table", "same arch", "arch fallback", "default", "safe")
+_here: ContextVar[Overrides] = ContextVar("nsa_gen_override", default=())
+_process: Overrides = ()
+_logged: set[tuple[object, ...]] = set()
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The config that serves a call, and why.
+
+    Args:
+        config: what to render.
+        source: one of ``SOURCES``.
+        reason: one line: what was taken, and why nothing better was.
+        exact: an override, or a row of this device whose ranges hold the shape.
+        stale: the row was measured on another rendering than today's (False where there is no row or no way to tell).
+        row: the row taken, if one was.
+        tried: what was looked at before and why it was not taken, in order.
+    """
+
+    config: Config
+    source: str
+    reason: str
+    exact: bool
+    stale: bool = False
+    row: Row | None = None
+    tried: tuple[str, ...] = ()
+
+
+@contextmanager
+def override(*configs: Config, problem: Problem | None = None) -> Iterator[None]:
+    """Use these configs in the ``with`` block (this thread or task only), whatever the tables say.
+
+    Args:
+        configs: each serves every problem of its kernel, or only ``problem`` if that is given. Inner blocks win over outer ones, and
+            both over :func:`set_override`.
+
+    Raises:
+        ConfigError: on use, if the config is not in the space of the problem at hand.
+    """
+    token = _here.set(_added(_here.get(), configs, problem))
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def set_override(*configs: Config, problem: Problem | None = None) -> None:
+    """As :func:`override`, for the whole process until :func:`clear_override`."""
+    global _process
+    _process = _added(_process, configs, problem)
+
+
+def clear_override() -> None:
+    """Forget what :func:`set_override` set."""
+    global _process
+    _process = ()
+
+
+def active_overrides() -> Overrides:
+    """The overrides in force here, as a value that can key a cache: ``()`` when there are none."""
+    here = _here.get()
+    return _process if not here else here if not _process else (*here, *_process)
+
+
+def _added(old: Overrides, configs: tuple[Config, ...], problem: Problem | None) -> Overrides:
+    strange = [c.kernel for c in configs if problem is not None and c.kernel != problem.kernel]
+    if strange:
+        raise ConfigError(f"override: a config of {strange[0]} for a problem of {problem.kernel if problem else ''}")
+    new = [(problem or config.kernel, config) for config in reversed(configs)]
+    names = [name for name, _ in new]
+    return (*new, *(pair for pair in old if pair[0] not in names))
+
+
+def resolve(problem: Problem, shape: Shape, device: Device, *, digest_of: DigestOf | None = None) -> Resolution:
+    """The config for ``problem`` at ``shape`` on ``device``; the order is in this module's docstring.
+
+    Every answer that is not exact says so in ``reason`` and is logged once (logger ``nsa_gen``): information if it is a row of this
+    device, else a warning.
+
+    Args:
+        digest_of: problem and config to the digest of what rendering gives today; without it nothing is called stale.
+
+    Raises:
+        NotTuned: ``NSA_GEN_STRICT=1`` and the answer would not be exact.
+        ConfigError: an override is illegal for ``problem``, or the kernel is unknown.
+    """
+    found = _override(problem) or _from_rows(problem, shape, device, digest_of) or _untuned(problem, device)
+    if found.exact:
+        if found.stale:
+            _log_once(logging.INFO, f"{problem.kernel} on {device.slug}: {found.reason}", problem, device.slug, found.row)
+        return found
+    if paths.strict():
+        key = " ".join(f"{name}={value}" for name, value in problem.values)
+        raise NotTuned(
+            f"{problem.kernel} [{key}] at seqlen {shape.seqlen}, batch_heads {shape.batch_heads} has no tuned row on {device.slug} "
+            f"(would take: {found.reason}); tune it with: nsa-gen tune SPEC --kernels {problem.kernel}, or unset NSA_GEN_STRICT"
+        )
+    own = found.source in ("user cache", "device table")
+    level = logging.INFO if own else logging.WARNING
+    _log_once(level, f"{problem.kernel} on {device.slug}: {found.reason}", problem, device.slug, found.source, found.row)
+    return found
+
+
+def cuts(problem: Problem, device: Device) -> tuple[list[int], list[int]]:
+    """Where :func:`resolve` may change its answer: sorted seqlens and batch_heads, powers of two and the edges of all rows in reach.
+
+    Between two neighbouring cuts (the lower included) the answer is the same.
+    """
+    sides: list[list[int]] = []
+    rows = [row for _, slug in _reach(device) for _, row in _rows(slug, problem) if row.problem in (problem, _flipped(problem))]
+    for name in ("seqlen", "batch_heads"):
+        edges = {edge for row in rows for edge in (getattr(row, name)[0], getattr(row, name)[1] + 1)}
+        sides.append(sorted(edges | {1 << power for power in range(64)}))
+    return sides[0], sides[1]
+
+
+def _override(problem: Problem) -> Resolution | None:
+    active = active_overrides()
+    for name, config in active:
+        if name == problem or name == problem.kernel:
+            space.check(problem, config)
+            return Resolution(config, "override", f"override for {'this problem' if name == problem else problem.kernel}", exact=True)
+    return None
+
+
+def _reach(device: Device) -> Iterator[tuple[str, str]]:
+    """``(source, slug)`` of every device whose tables may serve ``device``, best first, each once."""
+    known = {other.slug: other for other in devices()}
+    alike = [o for o in known.values() if o.arch == device.arch and o.backend == device.backend and o.slug != device.slug]
+    alike.sort(key=lambda other: (abs(other.sm_count - device.sm_count), other.slug))
+    seen = {device.slug}
+    yield "device table", device.slug
+    for source, slugs in (("same arch", [o.slug for o in alike]), ("arch fallback", device.fallbacks)):
+        for slug in slugs:
+            if slug not in seen:
+                seen.add(slug)
+                yield source, slug
+
+
+def _rows(slug: str, problem: Problem) -> Iterator[tuple[str, Row]]:
+    kernel = problem.kernel
+    yield from (("user cache", row) for row in table.user_rows(slug, kernel))
+    yield from (("device table", row) for row in table.shipped_rows(slug, kernel))
+
+
+def _flipped(problem: Problem) -> Problem | None:
+    fields = problem.as_dict()
+    return Problem.of(problem.kernel, fields | {"varlen": not fields["varlen"]}) if "varlen" in fields else None
+
+
+def _from_rows(problem: Problem, shape: Shape, device: Device, digest_of: DigestOf | None) -> Resolution | None:
+    tried: list[str] = []
+    flipped = _flipped(problem)
+    for source, slug in _reach(device):
+        near = [(origin, row) for origin, row in _rows(slug, problem) if row.problem in (problem, flipped)]
+        if not near:
+            tried.append(f"{slug}: no row of this key")
+        near.sort(key=lambda pair: pair[1].rank, reverse=True)
+        near.sort(key=lambda pair: _nearness(problem, shape, *pair))
+        for origin, row in near:
+            fault = _unusable(row, problem, device)
+            if fault is None:
+                return _taken(row, problem, shape, device, source if slug != device.slug else origin, slug, digest_of, tried)
+            tried.append(f"{slug}, {row.where}: {fault}")
+    return None
+
+
+def _nearness(problem: Problem, shape: Shape, origin: str, row: Row) -> tuple[bool, bool, bool, int, int]:
+    """Sorts the rows of one device: the key itself before its flip; rows that hold the shape, the user's first; then the nearest."""
+    outside, seqlen, batch_heads = row.distance(shape)
+    return row.problem != problem, outside, not outside and origin != "user cache", seqlen, batch_heads
+
+
+def _unusable(row: Row, problem: Problem, device: Device) -> str | None:
+    if row.resources["shared"] > device.shared_bytes:
+        return f"needs {row.resources['shared']} bytes of shared memory, {device.slug} has {device.shared_bytes}"
+    try:
+        space.check(problem, row.config)
+    except ConfigError as error:
+        _log_once(logging.WARNING, f"tuned row skipped: {error}")
+        return str(error)
+    return None
+
+
+def _taken(
+    row: Row, problem: Problem, shape: Shape, device: Device, source: str, slug: str, digest_of: DigestOf | None, tried: list[str]
+) -> Resolution:
+    holds = row.holds(shape)
+    borrowed = "" if row.problem == problem else f"measured with varlen={row.problem.varlen}, borrowed"
+    exact = holds and not borrowed and slug == device.slug
+    stale = digest_of is not None and digest_of(row.problem, row.config) != row.source_digest
+    what = "row" if holds else f"nearest row to seqlen {shape.seqlen}, batch_heads {shape.batch_heads}:"
+    reason = f"{what} {row.where} of {slug} ({source})"
+    reason += "".join(f"; {note}" for note in (borrowed, "stale: measured on another rendering" if stale else "") if note)
+    if not exact and tried:
+        reason += f"; not taken: {' | '.join(tried)}"
+    return Resolution(row.config, source, reason, exact, stale, row, tuple(tried))
+
+
+def _untuned(problem: Problem, device: Device) -> Resolution:
+    why = f"no usable row on {', '.join(slug for _, slug in _reach(device))}"
+    try:
+        return Resolution(space.default(problem, device.arch), "default", f"default for {device.arch}: {why}", False, tried=(why,))
+    except ConfigError as error:
+        _log_once(logging.WARNING, f"default for {device.arch} skipped: {error}")
+        return Resolution(
+            space.safe(problem), "safe", f"safe config: default for {device.arch}: {error}; {why}", False, tried=(why, str(error))
+        )
+
+
+def _log_once(level: int, message: str, *about: object) -> None:
+    """Log unless it was said before; ``about`` stands for the message where its words differ from shape to shape."""
+    topic = about or (message,)
+    if topic not in _logged:
+        _logged.add(topic)
+        log.log(level, message)
