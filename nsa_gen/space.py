@@ -137,16 +137,18 @@ SPACES["selected_attention_fwd"] = Space(
         Knob("operands", ("rows", "keys"), {"loop": ("query_outer",)}),
         Knob("num_warps", (1, 2, 4), {"loop": ("query_outer",)}),
         Knob("num_stages", (1, 2, 3), {"loop": ("query_outer",)}),
-        # kv_outer: tokens a chunk, queries a gather program, rows of its tiles, and of the merge kernel's.
+        # kv_outer: tokens a chunk, queries a gather program, rows of its tiles, of the dense kernel's and the merge kernel's.
         Knob("CHUNK", (2048, 4096, 8192, 16384, 32768, 65536), {"loop": ("kv_outer",)}),
         Knob("ENTRIES", (64, 128, 256, 512, 1024), {"loop": ("kv_outer",)}),
         Knob("GATHER_M", (64, 128), {"loop": ("kv_outer",)}),
         Knob("gather_warps", (4, 8), {"loop": ("kv_outer",)}),
         Knob("gather_stages", (1, 2), {"loop": ("kv_outer",)}),
         Knob("gather_registers", (None, 128, 168), {"loop": ("kv_outer",)}),
-        Knob("MERGE_M", (32, 64, 128), {"loop": ("kv_outer",)}),
-        Knob("merge_warps", (4, 8), {"loop": ("kv_outer",)}),
-        Knob("merge_stages", (1, 2, 3), {"loop": ("kv_outer",)}),
+        Knob("DENSE_M", (64, 128), {"loop": ("kv_outer",)}),
+        Knob("dense_warps", (4, 8), {"loop": ("kv_outer",)}),
+        Knob("dense_stages", (1, 2, 3), {"loop": ("kv_outer",)}),
+        Knob("MERGE_M", (4, 8, 16, 32, 64), {"loop": ("kv_outer",)}),
+        Knob("merge_warps", (1, 2, 4, 8), {"loop": ("kv_outer",)}),
     ),
     defaults={"": lambda p: _selected_default(p)},
     safe=lambda p: {"loop": "query_outer", "operands": "rows", "num_warps": 4, "num_stages": 1},
@@ -164,9 +166,11 @@ def _selected_default(p: Problem) -> dict[str, Value]:
         "gather_warps": 4,
         "gather_stages": 1,
         "gather_registers": 128 if max(p.head_dim_qk, p.head_dim_v) <= 128 and p.dtype != "float32" else None,
-        "MERGE_M": 64,
+        "DENSE_M": 64,
+        "dense_warps": 4,
+        "dense_stages": 2 if p.dtype != "float32" and max(p.head_dim_qk, p.head_dim_v) <= 128 else 1,
+        "MERGE_M": 16,
         "merge_warps": 4,
-        "merge_stages": 2 if p.dtype != "float32" and max(p.head_dim_qk, p.head_dim_v) <= 128 else 1,
     }
 
 
@@ -175,4 +179,38 @@ def _selected_illegal(p: Problem, c: Config) -> str | None:
         return f"{c.num_warps} warps on a block of {p.selection_block} keys leave warps without rows"
     if c.loop == "kv_outer" and c.gather_registers is not None and c.gather_warps * 32 * c.gather_registers > 65536:
         return "more registers than a multiprocessor has"
+    return None
+
+
+SPACES["sliding_attention_fwd"] = Space(
+    knobs=(
+        # "edges": only the tiles on the window's two ends are masked; "all": one loop, masked throughout.
+        Knob("mask", ("edges", "all")),
+        Knob("BLOCK_M", (32, 64, 128, 256)),
+        Knob("BLOCK_N", (16, 32, 64, 128)),
+        Knob("num_warps", (4, 8)),
+        Knob("num_stages", (1, 2, 3, 4)),
+        Knob("maxnreg", (None, 128)),
+    ),
+    defaults={"": lambda p: _sliding_default(p)},
+    safe=lambda p: {"mask": "edges", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": None},
+    illegal=lambda p, c: _sliding_illegal(p, c),
+)
+
+
+def _sliding_default(p: Problem) -> dict[str, Value]:
+    if p.dtype == "float32":
+        return _space("sliding_attention_fwd").safe(p)
+    wide = max(p.head_dim_qk, p.head_dim_v) > 128
+    block = 32 if wide or p.window < 64 else 64
+    return {"mask": "edges", "BLOCK_M": 128, "BLOCK_N": block, "num_warps": 8, "num_stages": 2, "maxnreg": None if wide else 128}
+
+
+def _sliding_illegal(p: Problem, c: Config) -> str | None:
+    if c.num_warps == 8 and c.BLOCK_M < 128:
+        return f"8 warps on {c.BLOCK_M} rows leave warps without rows"
+    if c.num_warps == 4 and c.BLOCK_M > 128:
+        return f"{c.BLOCK_M} rows need more registers than 4 warps have"
+    if c.num_warps == 4 and c.maxnreg is not None and c.BLOCK_M > 64:
+        return f"{c.BLOCK_M} rows on 4 warps spill at {c.maxnreg} registers"
     return None
