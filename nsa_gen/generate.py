@@ -64,7 +64,7 @@ class Package:
 
     def builds(self) -> list[Build]:
         """What ``--check`` compiles: every rendered kernel, at a length it serves."""
-        return [Build(problem, found.config, self.target.slug, seqlen) for problem, found, seqlen in self.chosen.values()]
+        return [Build(problem, found.config, self.target, seqlen) for problem, found, seqlen in self.chosen.values()]
 
 
 def plan(spec: Spec, target: Device) -> Package:

@@ -8,25 +8,23 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import Config, Problem
+from .device import Device
 from .errors import NSAError
-
-if TYPE_CHECKING:
-    from .device import Device
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel to compile: a problem built as ``config`` says, for the device (or arch) called ``target``.
+    """One kernel to compile: a problem built as ``config`` says, for ``target``.
 
     ``seqlen`` is the sequence length of the call that is recorded; only kernels with per-call constants depend on it.
     """
 
     problem: Problem
     config: Config
-    target: str
+    target: Device
     seqlen: int
 
 
@@ -63,7 +61,7 @@ class Built:
             "kernel": build.problem.kernel,
             "key": build.problem.as_dict(),
             "config": build.config.as_dict(),
-            "target": build.target,
+            "target": build.target.slug,
             "functions": self.functions,
             "shared": self.shared,
             "shared_limit": self.limit,
@@ -77,11 +75,10 @@ class Built:
 
 def compile_one(build: Build) -> Built:
     """Render, load and compile one build in this process (which must not be under the interpreter)."""
-    from . import device as devices
     from . import inputs, loader, render
 
     start = time.perf_counter()
-    device = devices.from_name(build.target)
+    device = build.target
     try:
         module = loader.load(render.render(build.problem, build.config))
         case = inputs.case(build.problem, seqlens=(build.seqlen,), heads_kv=1, device="meta")
@@ -132,5 +129,5 @@ def for_device(problems: Iterable[Problem], device: Device, seqlens: Iterable[in
     for problem in problems:
         for seqlen in seqlens:
             config = lookup.resolve(problem, Shape(seqlen, batch_heads), device).config
-            found.setdefault((problem, config), Build(problem, config, device.slug, seqlen))
+            found.setdefault((problem, config), Build(problem, config, device, seqlen))
     return list(found.values())
