@@ -1,14 +1,15 @@
 """The run-time hot path: problem, shape and device to an imported kernel; warm, two look-ups and two bisections.
 
 Nothing is tuned here. A config that turns out not to fit the device when it is first launched (Triton's ``OutOfResources``), or that was
-borrowed or a default and does not compile there, is replaced by the safe config with one warning, and the call goes on
-(:func:`fallback`). An override is taken at its word: its errors reach the caller.
+borrowed or a default and does not compile there, is replaced by the default for the arch or the safe config with one warning, and
+the call goes on (:func:`fallback`). An override is taken at its word: its errors reach the caller.
 """
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from contextlib import suppress
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from . import spec as _spec
 from .config import Config, Problem, Shape
 from .config import problem as problem_of
 from .device import Device
-from .errors import CompileError, InputError
+from .errors import CompileError, ConfigError, InputError
 from .lookup import Overrides, Resolution, clear_override, override, set_override
 from .render import Source, render
 from .table import log
@@ -117,30 +118,39 @@ def _first(problem: Problem, shape: Shape, device: Device) -> Kernel:
 
 
 def fallback(problem: Problem, device: Device, resolution: Resolution, error: Exception) -> Resolution:
-    """What to use instead of a config that did not load on ``device``: the safe config. Later calls of :func:`get` use it too.
+    """What to use instead of a config that did not load on ``device``: the default for its arch after a tuned or borrowed row, else the
+    safe config. Later calls of :func:`get` and :func:`resolve` use it too.
 
     Args:
         error: Triton's ``OutOfResources`` (any config), or ``CompileError`` (a config not measured on this device).
 
     Raises:
-        the ``error`` itself: the config was an override or is the safe one, or an exact tuned row that does not compile.
+        the ``error`` itself: the config was an override or the safe one, or an exact tuned row that does not compile.
     """
     measured = resolution.exact and not isinstance(error, OutOfResources)
-    config = space.safe(problem)
-    if resolution.source == "override" or measured or resolution.config == config:
+    failed = {config for known, slug, config in _unfit if (known, slug) == (problem, device.slug)} | {resolution.config}
+    choices = [("safe", space.safe(problem))]
+    if resolution.row is not None:
+        with suppress(ConfigError):
+            choices.insert(0, ("default", space.default(problem, device.arch)))
+    choices = [choice for choice in choices if choice[1] not in failed]
+    if resolution.source == "override" or measured or not choices:
         raise error
+    source, config = choices[0]
     first_line = str(error).partition("\n")[0]
-    reason = f"safe config: {resolution.source} config does not load on {device.slug}: {type(error).__name__}: {first_line}"
-    safe = Resolution(config, "safe", reason, False, tried=(*resolution.tried, resolution.reason))
-    if _unfit.setdefault((problem, device.slug, resolution.config), safe) is safe:
+    reason = f"{source} config: the one of {resolution.source} does not load on {device.slug}: {type(error).__name__}: {first_line}"
+    found = Resolution(config, source, reason, False, tried=(*resolution.tried, resolution.reason))
+    if _unfit.setdefault((problem, device.slug, resolution.config), found) is found:
         log.warning("%s on %s: %s", problem.kernel, device.slug, reason)
-    return safe
+    return found
 
 
 def _fitting(problem: Problem, device: Device, resolution: Resolution) -> Resolution:
     if resolution.source == "override":
         return resolution
-    return _unfit.get((problem, device.slug, resolution.config), resolution)
+    while (known := _unfit.get((problem, device.slug, resolution.config))) is not None:
+        resolution = known
+    return resolution
 
 
 def clear() -> None:

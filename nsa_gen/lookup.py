@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from . import paths, space, table
 from .config import Config, Problem, Shape
-from .device import Device, devices
+from .device import Device, same_arch
 from .errors import ConfigError, NotTuned
 from .row import Row
 from .table import DigestOf, log
@@ -158,12 +158,9 @@ def _override(problem: Problem) -> Resolution | None:
 
 def _reach(device: Device) -> Iterator[tuple[str, str]]:
     """``(source, slug)`` of every device whose tables may serve ``device``, best first, each once."""
-    known = {other.slug: other for other in devices()}
-    alike = [o for o in known.values() if o.arch == device.arch and o.backend == device.backend and o.slug != device.slug]
-    alike.sort(key=lambda other: (abs(other.sm_count - device.sm_count), other.slug))
     seen = {device.slug}
     yield "device table", device.slug
-    for source, slugs in (("same arch", [o.slug for o in alike]), ("arch fallback", device.fallbacks)):
+    for source, slugs in (("same arch", [other.slug for other in same_arch(device)]), ("arch fallback", device.fallbacks)):
         for slug in slugs:
             if slug not in seen:
                 seen.add(slug)
