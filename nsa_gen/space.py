@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from .config import Config, Problem, Value
+from .config import Config, Problem, Value, overlap_weights
 from .errors import ConfigError, allowed
 
 
@@ -190,7 +190,7 @@ SPACES["sliding_attention_fwd"] = Space(
         Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (1, 2, 3, 4)),
-        Knob("maxnreg", (None, 128)),
+        Knob("maxnreg", (None, 128, 168)),
     ),
     defaults={"": lambda p: _sliding_default(p)},
     safe=lambda p: {"mask": "edges", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": None},
@@ -203,7 +203,7 @@ def _sliding_default(p: Problem) -> dict[str, Value]:
         return _space("sliding_attention_fwd").safe(p)
     wide = max(p.head_dim_qk, p.head_dim_v) > 128
     block = 32 if wide or p.window < 64 else 64
-    return {"mask": "edges", "BLOCK_M": 128, "BLOCK_N": block, "num_warps": 8, "num_stages": 2, "maxnreg": None if wide else 128}
+    return {"mask": "edges", "BLOCK_M": 128, "BLOCK_N": block, "num_warps": 8, "num_stages": 2, "maxnreg": None}
 
 
 def _sliding_illegal(p: Problem, c: Config) -> str | None:
@@ -211,6 +211,86 @@ def _sliding_illegal(p: Problem, c: Config) -> str | None:
         return f"8 warps on {c.BLOCK_M} rows leave warps without rows"
     if c.num_warps == 4 and c.BLOCK_M > 128:
         return f"{c.BLOCK_M} rows need more registers than 4 warps have"
-    if c.num_warps == 4 and c.maxnreg is not None and c.BLOCK_M > 64:
-        return f"{c.BLOCK_M} rows on 4 warps spill at {c.maxnreg} registers"
+    if c.maxnreg is not None and c.BLOCK_M > 16 * c.num_warps:
+        return f"{c.BLOCK_M} rows on {c.num_warps} warps spill at {c.maxnreg} registers"
     return None
+
+
+SPACES["compressed_attention_fwd"] = Space(
+    knobs=(
+        Knob("loads", ("pointer", "descriptor")),
+        Knob("BLOCK_M", (64, 128)),
+        Knob("BLOCK_N", (32, 64, 128)),
+        Knob("num_warps", (4, 8)),
+        Knob("num_stages", (1, 2, 3, 4)),
+    ),
+    defaults={
+        "": lambda p: _compressed_default(p, 2),
+        "sm_90": lambda p: _compressed_default(p, 3),
+        "sm_100": lambda p: _compressed_default(p, 3),
+    },
+    safe=lambda p: {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    illegal=lambda p, c: _compressed_illegal(p, c),
+)
+
+
+def _compressed_default(p: Problem, stages: int) -> dict[str, Value]:
+    large = p.dtype == "float32" or max(p.head_dim_qk, p.head_dim_v) > 128
+    values = {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32 if large else 64, "num_warps": 4}
+    return {**values, "num_stages": 1 if p.dtype == "float32" else 2 if large else stages}
+
+
+def _compressed_illegal(p: Problem, c: Config) -> str | None:
+    dims = p.head_dim_qk, p.head_dim_v
+    if c.loads == "descriptor" and any(dim & (dim - 1) for dim in dims):
+        return f"a descriptor's tile has power-of-two sides, head dims are {dims[0]} and {dims[1]}"
+    if c.num_warps == 8 and c.BLOCK_M == 64:
+        return "8 warps on 64 rows leave warps without rows"
+    return None
+
+
+SPACES["importance_fwd"] = Space(
+    knobs=(
+        Knob("BLOCK_T", (32, 64, 128)),
+        Knob("BLOCK_K", (64, 128, 256)),
+        Knob("num_warps", (4, 8)),
+        Knob("num_stages", (1, 2, 3)),
+    ),
+    defaults={"": lambda p: _importance_default(p)},
+    safe=lambda p: {"BLOCK_T": 32, "BLOCK_K": _key_tile(p, 64), "num_warps": 4, "num_stages": 1},
+    illegal=lambda p, c: _importance_illegal(p, c),
+)
+
+
+def _key_tile(p: Problem, least: int) -> int:
+    """The smallest key tile of at least ``least`` keys that yields whole selection blocks beside its halo."""
+    lags = len(overlap_weights(p.block, p.stride, p.selection_block, p.mapping))
+    return next((size for size in (64, 128, 256) if size >= max(least, lags * (p.selection_block // p.stride))), 256)
+
+
+def _importance_default(p: Problem) -> dict[str, Value]:
+    large = p.dtype == "float32" or p.head_dim_qk > 128
+    return {"BLOCK_T": 32 if large else 64, "BLOCK_K": _key_tile(p, 64 if large else 128), "num_warps": 4, "num_stages": 1 if large else 2}
+
+
+def _importance_illegal(p: Problem, c: Config) -> str | None:
+    if c.BLOCK_K < _key_tile(p, 64):
+        return f"a tile of {c.BLOCK_K} compressed keys holds no selection block of {p.selection_block} tokens beside its halo"
+    if c.BLOCK_T * c.BLOCK_K // c.num_warps > 64 * 256 // 4:
+        return "two score tiles need more registers than the warps have"
+    if c.num_warps == 8 and c.BLOCK_T == 32 and c.BLOCK_K == 64:
+        return "8 warps on a tile of 32 x 64 leave warps without work"
+    return None
+
+
+SPACES["select_topk"] = Space(
+    knobs=(
+        # resident: a row's keys stay in registers; stream: they are read again at every step, SEGMENT at a time.
+        Knob("method", ("resident", "stream")),
+        Knob("SEGMENT", (256, 512, 1024, 2048), {"method": ("stream",)}),
+        Knob("BLOCK_ROWS", (1, 2, 4)),
+        Knob("num_warps", (1, 2, 4, 8)),
+    ),
+    defaults={"": lambda p: {"method": "resident", "BLOCK_ROWS": 1, "num_warps": 1}},
+    safe=lambda p: {"method": "stream", "SEGMENT": 512, "BLOCK_ROWS": 1, "num_warps": 4},
+)
