@@ -147,7 +147,7 @@ SPACES["selected_attention_fwd"] = Space(
         Knob("DENSE_M", (64, 128), {"loop": ("kv_outer",)}),
         Knob("dense_warps", (4, 8), {"loop": ("kv_outer",)}),
         Knob("dense_stages", (1, 2, 3), {"loop": ("kv_outer",)}),
-        Knob("MERGE_M", (4, 8, 16, 32, 64), {"loop": ("kv_outer",)}),
+        Knob("MERGE_M", (2, 4, 8, 16), {"loop": ("kv_outer",)}),
         Knob("merge_warps", (1, 2, 4, 8), {"loop": ("kv_outer",)}),
     ),
     defaults={"": lambda p: _selected_default(p)},
@@ -169,8 +169,8 @@ def _selected_default(p: Problem) -> dict[str, Value]:
         "DENSE_M": 64,
         "dense_warps": 4,
         "dense_stages": 2 if p.dtype != "float32" and max(p.head_dim_qk, p.head_dim_v) <= 128 else 1,
-        "MERGE_M": 16,
-        "merge_warps": 4,
+        "MERGE_M": 4,
+        "merge_warps": 1,
     }
 
 
@@ -294,3 +294,63 @@ SPACES["select_topk"] = Space(
     defaults={"": lambda p: {"method": "resident", "BLOCK_ROWS": 1, "num_warps": 1}},
     safe=lambda p: {"method": "stream", "SEGMENT": 512, "BLOCK_ROWS": 1, "num_warps": 4},
 )
+
+
+SPACES["combine_fwd"] = Space(
+    knobs=(Knob("BLOCK_ROWS", (4, 8, 16, 32, 64, 128)), Knob("num_warps", (1, 2, 4, 8))),
+    defaults={"": lambda p: {"BLOCK_ROWS": 16 if p.head_dim_v > 128 else 32, "num_warps": 4}},
+    safe=lambda p: {"BLOCK_ROWS": 8, "num_warps": 1},
+    illegal=lambda p, c: (
+        "more than 64 elements of each input a thread spill" if c.BLOCK_ROWS * p.head_dim_v > 64 * 32 * c.num_warps
+        else "fewer than 4 elements a thread" if c.BLOCK_ROWS * p.head_dim_v < 4 * 32 * c.num_warps and c.num_warps > 1
+        else None
+    ),
+)  # fmt: skip
+
+SPACES["compress_fwd"] = Space(
+    knobs=(
+        # The pooling decides the body: mean and weighted add tokens up, linear and mlp multiply matrices.
+        Knob("body", ("stream", "gemm")),
+        Knob("BLOCK_J", (4, 8, 16, 32, 64, 128)),
+        Knob("BLOCK_N", (32, 64, 128, 256), {"body": ("gemm",)}),
+        Knob("BLOCK_K", (16, 32, 64, 128), {"body": ("gemm",)}),
+        Knob("num_warps", (2, 4, 8)),
+        Knob("num_stages", (1, 2, 3, 4), {"body": ("gemm",)}),
+    ),
+    defaults={"": lambda p: _compress_default(p)},
+    safe=lambda p: _compress_safe(p),
+    illegal=lambda p, c: _compress_illegal(p, c),
+)
+
+
+def _compress_default(p: Problem) -> dict[str, Value]:
+    if p.pooling in ("mean", "weighted") or p.dtype == "float32":
+        return _compress_safe(p)
+    step = min(p.head_dim & -p.head_dim, 64)
+    width = p.hidden if p.pooling == "mlp" else p.head_dim
+    columns = next(n for n in (32, 64, 128) if n >= width or n == 128)
+    return {"body": "gemm", "BLOCK_J": 64, "BLOCK_N": columns, "BLOCK_K": step, "num_warps": 4, "num_stages": 3}
+
+
+def _compress_safe(p: Problem) -> dict[str, Value]:
+    if p.pooling in ("mean", "weighted"):
+        return {"body": "stream", "BLOCK_J": 16, "num_warps": 4}
+    return {"body": "gemm", "BLOCK_J": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+
+
+def _compress_illegal(p: Problem, c: Config) -> str | None:
+    body = "stream" if p.pooling in ("mean", "weighted") else "gemm"
+    if c.body != body:
+        return f"pooling {p.pooling} is computed by body {body}"
+    if body == "stream":
+        return None
+    if c.BLOCK_J < 16:
+        return f"a tensor-core tile has at least 16 rows, not {c.BLOCK_J}"
+    if p.head_dim % c.BLOCK_K:
+        return f"BLOCK_K {c.BLOCK_K} does not divide head dim {p.head_dim}"
+    width = p.hidden if p.pooling == "mlp" else p.head_dim
+    if c.BLOCK_N > 32 and c.BLOCK_N >= 2 * width:
+        return f"BLOCK_N {c.BLOCK_N} is at least twice the {width} columns"
+    if c.BLOCK_J * c.BLOCK_N > 4096 * c.num_warps:
+        return f"an accumulator of {c.BLOCK_J} x {c.BLOCK_N} needs more registers than {c.num_warps} warps have"
+    return None
