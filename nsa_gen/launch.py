@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .errors import CompileError
 
@@ -125,6 +126,15 @@ class Launcher:
         run, function, metadata, tail = bound
         run(grid_x, grid_y, grid_z, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None, *args, *tail)
 
+    @staticmethod
+    def rows(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
+        """2-D descriptor argument over ``x [rows, heads, D]``, loaded in tiles of ``[block_rows, D]`` at ``[row, head * x.stride(1)]``.
+
+        Rows past the last read as 0. The last dim is contiguous, the row stride a multiple of 16 bytes, ``D`` a power of two.
+        """
+        rows, heads, dim = x.shape
+        return TensorDescriptor(x, [rows, (heads - 1) * x.stride(1) + dim], [x.stride(0), 1], [block_rows, dim])
+
     def job(self, args: tuple[Any, ...], extra: dict[str, Any] | None = None) -> Job:
         """The compile job for these run-time arguments (tensors on any device, ``meta`` included)."""
         constants = {**self.constants, **(extra or {})}
@@ -140,6 +150,8 @@ class Launcher:
                 signature[param.name], constants[param.name] = "constexpr", None
             elif isinstance(value, torch.Tensor):
                 signature[param.name] = "*" + _DTYPES[value.dtype]
+            elif isinstance(value, TensorDescriptor):
+                signature[param.name] = f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
             elif param.annotation_type:
                 signature[param.name] = param.annotation_type
             else:

@@ -211,7 +211,7 @@ def _sliding_illegal(p: Problem, c: Config) -> str | None:
         return f"8 warps on {c.BLOCK_M} rows leave warps without rows"
     if c.num_warps == 4 and c.BLOCK_M > 128:
         return f"{c.BLOCK_M} rows need more registers than 4 warps have"
-    if c.maxnreg is not None and c.BLOCK_M > 16 * c.num_warps:
+    if c.maxnreg is not None and 16 * c.num_warps < c.BLOCK_M:
         return f"{c.BLOCK_M} rows on {c.num_warps} warps spill at {c.maxnreg} registers"
     return None
 
@@ -349,8 +349,8 @@ def _compress_illegal(p: Problem, c: Config) -> str | None:
     if p.head_dim % c.BLOCK_K:
         return f"BLOCK_K {c.BLOCK_K} does not divide head dim {p.head_dim}"
     width = p.hidden if p.pooling == "mlp" else p.head_dim
-    if c.BLOCK_N > 32 and c.BLOCK_N >= 2 * width:
+    if c.BLOCK_N > 32 and 2 * width <= c.BLOCK_N:
         return f"BLOCK_N {c.BLOCK_N} is at least twice the {width} columns"
-    if c.BLOCK_J * c.BLOCK_N > 4096 * c.num_warps:
+    if 4096 * c.num_warps < c.BLOCK_J * c.BLOCK_N:
         return f"an accumulator of {c.BLOCK_J} x {c.BLOCK_N} needs more registers than {c.num_warps} warps have"
     return None
