@@ -1,0 +1,335 @@
+"""``nsa-gen bench``: the forward of one spec, whole and by part, against full attention, all interleaved in one run.
+
+Everything is measured the same way (``nsa_gen.timing``: cold L2, launches unrolled in a CUDA graph), so launch overhead is left out
+on all sides. Full attention is torch's ``scaled_dot_product_attention`` on its flash and cuDNN backends, causal, with the same heads. The
+machine's ceilings (copy bandwidth, bf16 matmul) are measured in the same run, so that a figure can be judged by itself.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .device import current
+from .errors import InputError, NSAError
+from .spec import Spec
+
+SEQLENS = (8192, 16384, 32768, 65536)
+Progress = Callable[[str, int, int], None]
+
+
+def run(spec: Spec, seqlens: list[int] | None = None, *, rounds: int = 10, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure on the current GPU.
+
+    Args:
+        spec: geometry; its dtype must be one torch's fused attention takes for the comparison to run (bfloat16, float16).
+        seqlens: lengths of the one sequence of each shape.
+        rounds: interleaved rounds; medians and the bootstrap interval of the speed-ups are over these.
+        progress: called with a description, steps done, steps in all.
+
+    Returns:
+        plain values: ``spec``, ``environment``, ``ceilings`` and ``shapes``, each with ``entries`` (median, p20, p80 in ms, TFLOP/s where
+        the arithmetic is known, peak MiB beyond the inputs; or ``error``) and ``speedups`` of the whole forward over each full attention.
+
+    Raises:
+        TargetError: no GPU.
+    """
+    device = current()
+    seqlens = seqlens or list(SEQLENS)
+    steps = len(seqlens) + 1
+    report = progress or (lambda description, done, total: None)
+    report("ceilings", 0, steps)
+    result: dict[str, Any] = {
+        "spec": spec.to_dict(),
+        "environment": {"slug": device.slug, **_environment()},
+        "ceilings": _ceilings(),
+        "shapes": [],
+    }
+    for done, seqlen in enumerate(seqlens, 1):
+        report(f"{spec.name}, {seqlen} tokens", done, steps)
+        result["shapes"].append(_shape(spec, seqlen, rounds))
+    report("done", steps, steps)
+    return result
+
+
+def _environment() -> dict[str, str]:
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "device": properties.name,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def _ceilings() -> dict[str, float]:
+    """Copy bandwidth (read + write, 2 GiB moved) in TB/s and bf16 matmul (8192 cubed) in TFLOP/s."""
+    import torch
+
+    from . import timing
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_ms = timing.measure(lambda: target.copy_(source)).median_ms
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    matmul_ms = timing.measure(lambda: torch.matmul(a, b, out=out)).median_ms
+    return {"copy_tb_s": 2 * 2**30 / copy_ms / 1e9, "matmul_bf16_tflop_s": 2 * 8192**3 / matmul_ms / 1e9}
+
+
+def tensors(spec: Spec, seqlen: int, device: str = "cuda") -> dict[str, Any]:
+    """Seeded inputs of one forward over one sequence: ``q k v`` (per branch where the spec says so), gates, φ weights.
+
+    ``q [T,Hq,Dqk]``, ``k [T,Hkv,Dqk]``, ``v [T,Hkv,Dv]`` normal in the spec's dtype; gates ``[T,Hq]`` in (0, 1).
+    """
+    import torch
+
+    dtype = getattr(torch, spec.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, std: float = 1.0) -> Any:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+
+    def branches(dim: int) -> Any:
+        made = [normal(seqlen, spec.heads.kv, dim) for _ in range(3 if spec.kv == "per_branch" else 1)]
+        return tuple(made) if len(made) == 3 else made[0]
+
+    def phi(dim: int) -> tuple[Any, ...]:
+        heads, reach = spec.heads.kv, spec.compression.block
+        hidden = spec.compression.hidden or dim
+        wide, narrow = (reach * dim) ** -0.5, hidden**-0.5
+        return {
+            "mean": tuple,
+            "weighted": lambda: (normal(heads, reach, std=reach**-0.5),),
+            "linear": lambda: (normal(heads, reach * dim, dim, std=wide),),
+            "mlp": lambda: (
+                normal(heads, reach * dim, hidden, std=wide), normal(heads, hidden, std=0.1),
+                normal(heads, hidden, dim, std=narrow), normal(heads, dim, std=0.1), normal(heads, reach, dim, std=0.1),
+            ),
+        }[spec.compression.pooling]()  # fmt: skip
+
+    q, k, v = normal(seqlen, spec.heads.query, spec.head_dim.qk), branches(spec.head_dim.qk), branches(spec.head_dim.v)
+    gates = {f"g_{branch}": normal(seqlen, spec.heads.query).sigmoid() for branch in ("cmp", "slc", "swa")}
+    return {"q": q, "k": k, "v": v, **gates, "phi_k": phi(spec.head_dim.qk), "phi_v": phi(spec.head_dim.v)}
+
+
+def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The whole forward and each part of it as calls without arguments; a part's inputs are the outputs of those before it."""
+    from . import ops
+
+    q, gates = given["q"], [given[f"g_{branch}"] for branch in ("cmp", "slc", "swa")]
+    k_cmp_in, k_slc, k_swa = given["k"] if isinstance(given["k"], tuple) else (given["k"],) * 3
+    v_cmp_in, v_slc, v_swa = given["v"] if isinstance(given["v"], tuple) else (given["v"],) * 3
+    k_cmp = ops.compress(k_cmp_in, given["phi_k"], spec=spec, which="k")
+    v_cmp = ops.compress(v_cmp_in, given["phi_v"], spec=spec, which="v")
+    o_cmp, lse = ops.compressed_attention(q, k_cmp, v_cmp, spec=spec)
+    blocks = ops.select_blocks(q, k_cmp, lse, spec=spec)
+    o_slc, _ = ops.selected_attention(q, k_slc, v_slc, blocks, spec=spec)
+    o_swa, _ = ops.sliding_attention(q, k_swa, v_swa, spec=spec)
+
+    def compress() -> None:
+        ops.compress(k_cmp_in, given["phi_k"], spec=spec, which="k")
+        ops.compress(v_cmp_in, given["phi_v"], spec=spec, which="v")
+
+    return {
+        "whole forward": lambda: ops.nsa_attention(
+            q, given["k"], given["v"], *gates, spec=spec, phi_k=given["phi_k"], phi_v=given["phi_v"]
+        ),
+        "compress K and V": compress,
+        "compressed attention": lambda: ops.compressed_attention(q, k_cmp, v_cmp, spec=spec),
+        "importance + top-k": lambda: ops.select_blocks(q, k_cmp, lse, spec=spec),
+        "selected attention": lambda: ops.selected_attention(q, k_slc, v_slc, blocks, spec=spec),
+        "sliding attention": lambda: ops.sliding_attention(q, k_swa, v_swa, spec=spec),
+        "combine": lambda: ops.combine(o_cmp, o_slc, o_swa, *gates),
+    }  # fmt: skip
+
+
+def full_attention(spec: Spec, given: dict[str, Any], backend: str) -> tuple[Callable[[], Any], str]:
+    """Causal full attention over the same heads on torch's ``FLASH_ATTENTION`` or ``CUDNN_ATTENTION``, and how it had to be called.
+
+    Grouped heads are handed over as such where the backend takes them, else K and V are expanded before the timing; unequal head dims are
+    padded before the timing where the backend wants them equal.
+
+    Raises:
+        InputError: the backend takes none of these forms.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def batched(x: Any) -> Any:
+        return x.transpose(0, 1).unsqueeze(0)  # [1, H, T, D], strided
+
+    q = batched(given["q"])
+    k, v = (batched(x[0] if isinstance(x, tuple) else x) for x in (given["k"], given["v"]))
+    scale = spec.head_dim.qk**-0.5
+    padded = torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])) if q.shape[-1] > v.shape[-1] else v
+    forms = {
+        "": lambda: (k, v),
+        "V padded": lambda: (k, padded),
+        "K, V expanded": lambda: (k.repeat_interleave(spec.group, 1), v.repeat_interleave(spec.group, 1)),
+        "K, V expanded, V padded": lambda: (k.repeat_interleave(spec.group, 1), padded.repeat_interleave(spec.group, 1)),
+    }
+    fault: Exception | None = None
+    for note, form in forms.items():
+        if "padded" in note and padded is v:
+            continue
+        keys, values = form()
+        grouped = keys.shape[1] != q.shape[1]
+
+        def attend(keys: Any = keys, values: Any = values, grouped: bool = grouped) -> Any:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+
+        try:
+            attend()
+            torch.cuda.synchronize()
+            return attend, note
+        except RuntimeError as error:
+            fault = error
+    raise InputError(f"torch's {backend} does not take this geometry: {str(fault).partition(chr(10))[0]}")
+
+
+_FULL = {"full, flash": "FLASH_ATTENTION", "full, cuDNN": "CUDNN_ATTENTION"}
+
+
+def _shape(spec: Spec, seqlen: int, rounds: int) -> dict[str, Any]:
+    import torch
+
+    from . import timing
+
+    given = tensors(spec, seqlen)
+    entries: list[dict[str, Any]] = []
+    calls: dict[str, Callable[[], Any]] = {}
+    found: dict[str, Any] = {}
+    try:
+        found = parts(spec, given)
+    except (NSAError, torch.OutOfMemoryError) as error:
+        entries.append({"name": "whole forward", "error": str(error).partition("\n")[0]})
+    notes: dict[str, str] = {}
+    for name, backend in _FULL.items():
+        try:
+            found[name], notes[name] = full_attention(spec, given, backend)
+        except (InputError, torch.OutOfMemoryError) as error:
+            entries.append({"name": name, "error": str(error).partition("\n")[0]})
+    for name, call in found.items():
+        try:
+            peak = _peak_mib(call)
+        except (NSAError, torch.OutOfMemoryError) as error:
+            entries.append({"name": name, "error": str(error).partition("\n")[0]})
+            continue
+        calls[name] = call
+        entries.append({"name": name, "peak_mib": peak, "note": notes.get(name, "")})
+    samples = dict(zip(calls, timing.interleaved(list(calls.values()), rounds), strict=True))
+    work = _flops(spec, seqlen)
+    for entry in entries:
+        if entry["name"] not in samples:
+            continue
+        ordered = sorted(samples[entry["name"]])
+        pick = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)]
+        entry |= dict(zip(("p20_ms", "median_ms", "p80_ms"), pick, strict=True))
+        if entry["name"] in work:
+            entry["tflop_s"] = work[entry["name"]] / entry["median_ms"] / 1e9
+    speedups = {}
+    for name in _FULL:
+        if name in samples and "whole forward" in samples:
+            estimate, low, high = timing.speedup_interval(samples[name], samples["whole forward"])
+            speedups[name] = {"estimate": estimate, "low": low, "high": high}
+    return {"seqlen": seqlen, "entries": entries, "speedups": speedups}
+
+
+def _peak_mib(call: Callable[[], Any]) -> float:
+    """Memory a call allocates at its highest, outputs included, beyond what was there; the first call (which compiles) is not counted."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _flops(spec: Spec, seqlen: int) -> dict[str, float]:
+    """Useful arithmetic, visible keys only: a multiply and an add are two."""
+    from . import inputs
+    from .config import problem
+
+    each = {
+        name: inputs.case(problem(kernel, spec), seqlens=(seqlen,), heads_kv=spec.heads.kv, device="meta").flops()
+        for name, kernel in (
+            ("compressed attention", "compressed_attention_fwd"),
+            ("importance + top-k", "importance_fwd"),
+            ("selected attention", "selected_attention_fwd"),
+            ("sliding attention", "sliding_attention_fwd"),
+        )
+    }
+    full = spec.heads.query * (spec.head_dim.qk + spec.head_dim.v) * seqlen * (seqlen + 1)
+    return {**each, "whole forward": sum(each.values()), **dict.fromkeys(_FULL, full)}
+
+
+# --- showing -------------------------------------------------------------------------------------------------------------------
+
+
+def title(result: dict[str, Any]) -> str:
+    """One line: spec, GPU, versions, ceilings."""
+    there, top = result["environment"], result["ceilings"]
+    return (
+        f"{result['spec']['name']} on {there['device']}, torch {there['torch']}, triton {there['triton']}; "
+        f"copy {top['copy_tb_s']:.2f} TB/s, bf16 matmul {top['matmul_bf16_tflop_s']:.0f} TFLOP/s"
+    )
+
+
+def rows(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Columns and rows to print."""
+    found: list[tuple[Any, ...]] = []
+    for shape in result["shapes"]:
+        for entry in shape["entries"]:
+            name = entry["name"] + (f" ({entry['note']})" if entry.get("note") else "")
+            if "error" in entry:
+                found.append((shape["seqlen"], name, entry["error"], None, None, None, None))
+                continue
+            gain = shape["speedups"].get(entry["name"])
+            tflop = f"{entry['tflop_s']:.0f}" if "tflop_s" in entry else None
+            spread = f"{entry['p20_ms']:.3f} - {entry['p80_ms']:.3f}"
+            ours = f"{gain['estimate']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]" if gain else None
+            found.append((shape["seqlen"], name, f"{entry['median_ms']:.3f}", spread, tflop, f"{entry['peak_mib']:.0f}", ours))
+    return ("seqlen", "what", "ms", "p20 - p80", "TFLOP/s", "peak MiB", "NSA is faster by"), found
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time against sequence length of the whole forward and of full attention, and the forward's parts stacked; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    shapes = [shape for shape in result["shapes"] if any("median_ms" in entry for entry in shape["entries"])]
+    if not shapes:
+        raise InputError("nothing was measured, so there is nothing to draw")
+    times = {(s["seqlen"], e["name"]): e["median_ms"] for s in shapes for e in s["entries"] if "median_ms" in e}
+    lengths = [shape["seqlen"] for shape in shapes]
+    names = list(dict.fromkeys(entry["name"] for shape in shapes for entry in shape["entries"]))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title(result), fontsize=8)
+    left, right = figure.subplots(1, 2)
+    for name in ("whole forward", *_FULL):
+        known = [n for n in lengths if (n, name) in times]
+        if known:
+            left.plot(known, [times[n, name] for n in known], marker="o", label=name)
+    left.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="ms, forward")
+    left.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], minor=False)
+    left.legend(fontsize=8)
+    floor = [0.0] * len(lengths)
+    for name in (name for name in names if name not in ("whole forward", *_FULL)):
+        heights = [times.get((n, name), 0.0) for n in lengths]
+        right.bar([str(n) for n in lengths], heights, bottom=floor, label=name)
+        floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    right.set(xlabel="sequence length", ylabel="ms, parts of the forward")
+    right.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
