@@ -1,0 +1,169 @@
+"""Importance of selection blocks: the rendered kernel against the float64 reference."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from nsa_gen import loader, reference, render, space
+from nsa_gen.config import Config, Problem, overlap_weights
+from nsa_gen.errors import ConfigError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+RAGGED = (0, 70, 1, 201, 0, 31, 64)
+
+
+def problem(dtype="float32", group=2, qk=16, block=32, stride=16, selection_block=64, mapping="overlap", varlen=True) -> Problem:
+    key = dict(dtype=dtype, group=group, head_dim_qk=qk, block=block, stride=stride)
+    return Problem.of("importance_fwd", key | dict(selection_block=selection_block, mapping=mapping, varlen=varlen))
+
+
+def config(p: Problem, **changes) -> Config:
+    chosen = space.safe(p).replace(**changes)
+    space.check(p, chosen)
+    return chosen
+
+
+def run(p: Problem, c: Config, seqlens=RAGGED, heads=2, spread=1.0, scale=None, chunks=1, strided=False) -> torch.Tensor:
+    """Render, run (in chunks of tokens) and compare with the reference; returns the scores. Undefined columns stay NaN."""
+    torch.manual_seed(0)
+    dtype, tokens = DTYPES[p.dtype], sum(seqlens)
+    starts = [sum(seqlens[:b]) for b in range(len(seqlens) + 1)]
+    rows = reference.compressed_rows(tokens, p.stride)
+
+    def random(first, last, dim):
+        x = (torch.randn(first, last, 2 * dim if strided else dim, device=DEVICE) * spread).to(dtype)
+        return x[..., :dim]
+
+    q, k_cmp = random(tokens, heads * p.group, p.head_dim_qk), random(rows, heads, p.head_dim_qk)
+    real = torch.zeros(rows, dtype=torch.bool)
+    for row, count in reference.compressed_offsets(starts, tokens, p.block, p.stride):
+        real[row : row + count] = True
+    k_cmp[~real] = float("nan")
+    scale = p.head_dim_qk**-0.5 if scale is None else scale
+    geometry = (p.block, p.stride)
+    _, lse = reference.compressed_attention(q, k_cmp, k_cmp, *geometry, scale, starts, dtype=torch.float64)
+    blocks = -(-max(seqlens) // p.selection_block) + 1  # one column more than needed
+    scores = torch.full((tokens, heads, blocks), float("nan"), device=DEVICE)
+    cu = torch.tensor(starts, dtype=torch.int32, device=DEVICE) if p.varlen else None
+    module = loader.load(render.render(p, c))
+    step = -(-tokens // chunks)
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        module.importance_fwd(q, k_cmp, lse.float(), scores[first:last], scale, first, last, cu, len(seqlens), max(seqlens))
+    want = reference.importance(q, k_cmp, lse, *geometry, p.selection_block, p.mapping, scale, starts, dtype=torch.float64)
+    position = torch.cat([torch.arange(length) for length in seqlens])
+    defined = torch.arange(blocks - 1) <= (position // p.selection_block)[:, None]
+    assert scores[..., -1].isnan().all() and scores[..., :-1][~defined[:, None].expand(-1, heads, -1)].isnan().all()
+    # An error of the fp32 lse and logits (here up to some hundreds) is a relative error of the probability.
+    rtol = (2e-5 if dtype == torch.float32 else 2e-3) * max(1.0, spread**2)
+    picked = defined[:, None].expand(-1, heads, -1)
+    torch.testing.assert_close(scores[..., :-1][picked].double(), want[picked], atol=1e-6, rtol=rtol)
+    assert want[picked].count_nonzero() > tokens // 4
+    return scores
+
+
+@runs
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 16])
+def test_groups(group):
+    p = problem(group=group)
+    run(p, config(p), heads=1 if group == 16 else 2)
+
+
+@runs
+@pytest.mark.parametrize("qk", [64, 80, 96, 192])
+def test_head_dims(qk):
+    p = problem(qk=qk)
+    run(p, config(p), heads=1)
+
+
+@runs
+@pytest.mark.parametrize("mapping", ["overlap", "literal"])
+@pytest.mark.parametrize(
+    ("block", "stride", "selection_block"),
+    [(32, 16, 64), (16, 16, 64), (64, 16, 64), (48, 16, 64), (16, 16, 16), (8, 2, 32), (32, 32, 32)],
+)
+def test_mappings(mapping, block, stride, selection_block):
+    p = problem(block=block, stride=stride, selection_block=selection_block, mapping=mapping)
+    run(p, config(p), seqlens=(block - 1, 300, block), heads=1)
+
+
+@runs
+@pytest.mark.parametrize("mapping", ["overlap", "literal"])
+def test_weights_of_one_certain_key(mapping):
+    """All mass on one compressed token at a time gives the integer weights themselves."""
+    block, stride, selection_block, keys = 32, 8, 32, 12
+    p = problem(group=1, block=block, stride=stride, selection_block=selection_block, mapping=mapping, varlen=False)
+    per_block, tokens = selection_block // stride, 256
+    weights = overlap_weights(block, stride, selection_block, mapping)
+    module = loader.load(render.render(p, config(p)))
+    q = torch.ones(tokens, 1, 16, device=DEVICE)
+    for certain in range(keys):
+        k_cmp = torch.full((tokens // stride, 1, 16), -100.0, device=DEVICE)
+        k_cmp[certain] = 0.0
+        scores = torch.full((1, 1, tokens // selection_block), float("nan"), device=DEVICE)
+        lse = torch.zeros(tokens, 1, device=DEVICE)
+        module.importance_fwd(q, k_cmp, lse, scores, 1.0, tokens - 1, tokens, None, 1, tokens)
+        want = [0.0] * (tokens // selection_block)
+        for i in range(len(want)):
+            lag, r = divmod(certain - i * per_block, per_block)
+            if -lag in range(len(weights)):
+                want[i] = float(weights[-lag][r])
+        assert scores[0, 0].tolist() == want
+
+
+@runs
+@pytest.mark.parametrize("changes", [{"BLOCK_T": 64}, {"BLOCK_T": 128, "num_stages": 2}, {"BLOCK_K": 128}, {"BLOCK_K": 256, "num_warps": 8}])
+def test_configs_do_not_change_results(changes):
+    """Several key tiles with their halo."""
+    p = problem(block=8, stride=4, selection_block=16)
+    run(p, config(p, **changes), seqlens=(50, 3, 701), heads=1)
+
+
+@runs
+def test_fixed_lengths_and_half_precision():
+    p = problem("float16", qk=64, varlen=False)
+    run(p, config(p), seqlens=(150, 150))
+
+
+@runs
+def test_strided_inputs():
+    p = problem()
+    run(p, config(p), strided=True)
+
+
+@runs
+def test_huge_logits():
+    p = problem(block=8, stride=4, selection_block=16)
+    run(p, config(p), spread=8.0, scale=1.0)
+
+
+@runs
+def test_chunks_give_the_same_bits():
+    p = problem(block=8, stride=4, selection_block=16)
+    whole = run(p, config(p))
+    for chunks in (2, 7):
+        assert torch.equal(run(p, config(p), chunks=chunks).nan_to_num(-1.0), whole.nan_to_num(-1.0))
+
+
+def test_every_legal_key_tile_owns_a_block():
+    for block, stride, selection_block in ((32, 16, 64), (64, 1, 64), (64, 16, 64), (16, 16, 16), (128, 2, 128)):
+        for mapping in ("overlap", "literal"):
+            p = problem(block=block, stride=stride, selection_block=selection_block, mapping=mapping)
+            lags = len(overlap_weights(block, stride, selection_block, mapping))
+            space.check(p, space.safe(p))
+            for c in space.candidates(p):
+                assert c.BLOCK_K // (selection_block // stride) >= lags
+                assert f'"HALO": _HALO' in (text := render.render(p, c).text) and f"_HALO = {lags - 1}\n" in text
+
+
+def test_illegal_configs():
+    with pytest.raises(ConfigError, match="beside its halo"):
+        config(problem(block=64, stride=1), BLOCK_K=64)
+    with pytest.raises(ConfigError, match="registers"):
+        config(problem(), BLOCK_T=128, BLOCK_K=256)
