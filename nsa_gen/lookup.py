@@ -1,6 +1,6 @@
 """Which config serves a call, and why: overrides, the user's entries, shipped tables, borrowed rows, defaults.
 
-The order, first match wins (only overrides and the first two are *exact*):
+The order, first match wins (only 1 and 2 are *exact*):
 
 1. a config given by :func:`override` or :func:`set_override`;
 2. this device, a row of the key whose ranges hold the shape: the user's entries before the shipped table;
@@ -140,7 +140,7 @@ def cuts(problem: Problem, device: Device) -> tuple[list[int], list[int]]:
     Between two neighbouring cuts (the lower included) the answer is the same.
     """
     sides: list[list[int]] = []
-    rows = [row for _, slug in _reach(device) for _, row in _rows(slug, problem) if row.problem in (problem, _flipped(problem))]
+    rows = [row for _, slug in _reach(device) for _, row in _rows(slug, problem, _flipped(problem))]
     for name in ("seqlen", "batch_heads"):
         edges = {edge for row in rows for edge in (getattr(row, name)[0], getattr(row, name)[1] + 1)}
         sides.append(sorted(edges | {1 << power for power in range(64)}))
@@ -167,10 +167,11 @@ def _reach(device: Device) -> Iterator[tuple[str, str]]:
                 yield source, slug
 
 
-def _rows(slug: str, problem: Problem) -> Iterator[tuple[str, Row]]:
-    kernel = problem.kernel
-    yield from (("user cache", row) for row in table.user_rows(slug, kernel))
-    yield from (("device table", row) for row in table.shipped_rows(slug, kernel))
+def _rows(slug: str, problem: Problem, flipped: Problem | None) -> list[tuple[str, Row]]:
+    """``(origin, row)`` of all rows of the key and of its flip."""
+    read = (("user cache", table.user_tables), ("device table", table.shipped_tables))
+    tables = [(origin, found) for origin, tables_of in read for found in tables_of(slug, problem.kernel)]
+    return [(origin, row) for origin, found in tables for key in (problem, flipped) if key is not None for row in found.of(key)]
 
 
 def _flipped(problem: Problem) -> Problem | None:
@@ -182,7 +183,7 @@ def _from_rows(problem: Problem, shape: Shape, device: Device, digest_of: Digest
     tried: list[str] = []
     flipped = _flipped(problem)
     for source, slug in _reach(device):
-        near = [(origin, row) for origin, row in _rows(slug, problem) if row.problem in (problem, flipped)]
+        near = _rows(slug, problem, flipped)
         if not near:
             tried.append(f"{slug}: no row of this key")
         near.sort(key=lambda pair: pair[1].rank, reverse=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from .config import Config, Problem, Shape
@@ -146,21 +147,21 @@ class Row:
         """How far ``shape`` is from the ranges: outside at all, then octaves in seqlen, then octaves in batch_heads."""
         return (not self.holds(shape), _octaves(self.seqlen, shape.seqlen), _octaves(self.batch_heads, shape.batch_heads))
 
-    @property
+    @cached_property
     def rank(self) -> tuple[datetime, float, str]:
         """Order of preference where rows compete for one shape: the newer, then the higher lower bound of the speed-up; the rest of the
         row settles what is left, so that the order of merging never matters."""
         return (_when(self.date), self.perf["speedup_low"], self.identity)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """All of the row but its ranges."""
         return canonical({k: v for k, v in self.to_dict().items() if k not in ("seqlen", "batch_heads")})
 
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """Place in a file: by key, numbers as numbers, then ranges."""
-        return (*(_sortable(value) for _, value in self.problem.values), self.batch_heads, self.seqlen, self.identity)
+    @cached_property
+    def place(self) -> tuple[Any, ...]:
+        """Where it stands in a file: by key, numbers as numbers, then ranges. Rows of one place follow their ``identity``."""
+        return (*(_sortable(value) for _, value in self.problem.values), self.batch_heads, self.seqlen)
 
     def __str__(self) -> str:
         key = " ".join(f"{k}={v}" for k, v in self.problem.values)

@@ -13,6 +13,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,19 @@ class Table:
         strange = [row for row in self.rows if row.problem.kernel != self.kernel]
         if strange:
             raise TableError(f"a row of {strange[0].problem.kernel} in a table of {self.kernel}")
-        object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: row.order)))
+        if not all(before.place < after.place for before, after in pairwise(self.rows)):
+            object.__setattr__(self, "rows", tuple(sorted(self.rows, key=_order)))
+
+    def of(self, problem: Problem) -> tuple[Row, ...]:
+        """The rows of one key."""
+        return self._by_problem.get(problem, ())
+
+    @cached_property
+    def _by_problem(self) -> dict[Problem, tuple[Row, ...]]:
+        found: dict[Problem, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.problem, []).append(row)
+        return {problem: tuple(rows) for problem, rows in found.items()}
 
     @classmethod
     def load(cls, path: Path) -> Table:
@@ -140,8 +154,8 @@ class Table:
         merged: list[Row] = []
         outcome: dict[str, list[Row]] = {"added": [], "replaced": [], "trimmed": [], "kept": []}
         ours = {row.identity for row in self.rows}
-        for problem in dict.fromkeys(row.problem for row in (*self.rows, *other.rows)):
-            for row, before, after in _resolve_overlaps([r for r in (*self.rows, *other.rows) if r.problem == problem]):
+        for problem in {**self._by_problem, **other._by_problem}:
+            for row, before, after in _resolve_overlaps([*self.of(problem), *other.of(problem)]):
                 merged += after
                 if not after:
                     outcome["replaced"].append(row)
@@ -163,7 +177,7 @@ class Table:
             for row in rows:
                 places.setdefault(place(row), []).append(row)
         found = []
-        for where in dict.fromkeys(place(row) for row in sorted((*self.rows, *after.rows), key=lambda row: row.order)):
+        for where in dict.fromkeys(place(row) for row in sorted((*self.rows, *after.rows), key=_order)):
             left = [row for row in old.get(where, []) if row not in new.get(where, [])]
             right = [row for row in new.get(where, []) if row not in old.get(where, [])]
             size = max(len(left), len(right))
@@ -209,6 +223,10 @@ class Table:
 
 
 _SHA, _END = b'"sha256": "', b'"\n}\n'
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return (*row.place, row.identity)
 
 
 def _meet(a: Range, b: Range) -> bool:
@@ -299,24 +317,23 @@ def read(path: Path, device_slug: str, kernel: str) -> Table | None:
     return known[1]
 
 
-def shipped_rows(device_slug: str, kernel: str) -> tuple[Row, ...]:
-    """Rows of the shipped table; none if there is no sound one."""
+def shipped_tables(device_slug: str, kernel: str) -> list[Table]:
+    """The shipped table of a kernel on a device; none if there is no sound one."""
     table = read(shipped_path(device_slug, kernel), device_slug, kernel)
-    return table.rows if table else ()
+    return [table] if table else []
 
 
-def user_rows(device_slug: str, kernel: str) -> tuple[Row, ...]:
-    """Rows of all sound user entries."""
+def user_tables(device_slug: str, kernel: str) -> list[Table]:
+    """The user's entries, a table of one row each, but for those that are not sound."""
     folder = user_folder(device_slug, kernel)
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(".json"))
     except (FileNotFoundError, NotADirectoryError):
-        return ()
+        return []
     except OSError as error:
         _warn_once(f"{folder}: {error.strerror or error}: ignored")
-        return ()
-    tables = (read(folder / name, device_slug, kernel) for name in names)
-    return tuple(row for table in tables if table for row in table.rows)
+        return []
+    return [table for name in names if (table := read(folder / name, device_slug, kernel))]
 
 
 def save_user_row(device_slug: str, row: Row) -> Path:
@@ -338,7 +355,7 @@ def save_user_row(device_slug: str, row: Row) -> Path:
 _warned: set[str] = set()
 
 
-def _warn_once(message: str, level: int = logging.WARNING) -> None:
+def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        log.log(level, message)
+        log.warning(message)

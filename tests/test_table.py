@@ -283,6 +283,14 @@ def test_lint_is_silent_on_a_sound_table_and_finds_each_fault():
 # --- files at run time ---------------------------------------------------------------------------------------------------------
 
 
+def shipped_rows() -> tuple[Row, ...]:
+    return tuple(r for found in table.shipped_tables(SLUG, KERNEL) for r in found.rows)
+
+
+def user_rows() -> tuple[Row, ...]:
+    return tuple(r for found in table.user_tables(SLUG, KERNEL) for r in found.rows)
+
+
 def shipped(*found: Row) -> Path:
     path = table.shipped_path(SLUG, KERNEL)
     Table(SLUG, KERNEL, found).save(path)
@@ -291,12 +299,12 @@ def shipped(*found: Row) -> Path:
 
 def test_read_parses_once_and_again_after_a_change(monkeypatch):
     path = shipped(row())
-    assert table.shipped_rows(SLUG, KERNEL) == (row(),)
+    assert shipped_rows() == (row(),)
     with monkeypatch.context() as patch:
         patch.setattr(Table, "loads", lambda data: pytest.fail("parsed again"))
-        assert table.shipped_rows(SLUG, KERNEL) == (row(),)
+        assert shipped_rows() == (row(),)
     Table(SLUG, KERNEL, (row(block=32),)).save(path)
-    assert table.shipped_rows(SLUG, KERNEL) == (row(block=32),)
+    assert shipped_rows() == (row(block=32),)
 
 
 @pytest.mark.parametrize("fault", ["torn", "edited", "binary", "empty", "device", "folder"])
@@ -313,12 +321,12 @@ def test_bad_file_is_a_miss_with_one_warning(fault, caplog):
         path.write_bytes(bad)
     with caplog.at_level(logging.WARNING, "nsa_gen"):
         for _ in range(3):
-            assert table.shipped_rows(SLUG, KERNEL) == ()
+            assert shipped_rows() == ()
     assert len(caplog.records) == 1 and str(path) in caplog.text
 
 
 def test_absent_file_is_a_silent_miss(caplog):
-    assert table.shipped_rows(SLUG, KERNEL) == () == table.user_rows(SLUG, KERNEL)
+    assert shipped_rows() == () == user_rows()
     assert not caplog.records
 
 
@@ -326,14 +334,14 @@ def test_user_rows_come_back_one_file_each():
     first, second = table.save_user_row(SLUG, row()), table.save_user_row(SLUG, row(block=32))
     assert first != second and first.parent == second.parent == paths.cache() / "tuned" / SLUG / KERNEL
     assert table.save_user_row(SLUG, row()) == first
-    assert set(table.user_rows(SLUG, KERNEL)) == {row(), row(block=32)}
+    assert set(user_rows()) == {row(), row(block=32)}
 
 
 def test_torn_user_entry_costs_only_itself(caplog):
     table.save_user_row(SLUG, row()).write_bytes(b"{")
     table.save_user_row(SLUG, row(block=32))
     with caplog.at_level(logging.WARNING, "nsa_gen"):
-        assert table.user_rows(SLUG, KERNEL) == table.user_rows(SLUG, KERNEL) == (row(block=32),)
+        assert user_rows() == user_rows() == (row(block=32),)
     assert len(caplog.records) == 1
 
 
@@ -341,7 +349,7 @@ def test_unwritable_cache_is_an_error_on_writing_only(tmp_path, monkeypatch):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder would be")
     monkeypatch.setenv("NSA_GEN_CACHE", str(blocked))
-    assert table.user_rows(SLUG, KERNEL) == ()
+    assert user_rows() == ()
     with pytest.raises(CacheError, match="set NSA_GEN_CACHE"):
         table.save_user_row(SLUG, row())
 
@@ -357,11 +365,11 @@ def test_concurrent_writers_lose_nothing():
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        assert all(len(r.source_digest) == 16 for r in table.user_rows(SLUG, KERNEL))
+        assert all(len(r.source_digest) == 16 for r in user_rows())
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    found = table.user_rows(SLUG, KERNEL)
+    found = user_rows()
     assert len(found) == len(set(found)) == 32
     assert {r.measured_by for r in found} == {f"writer {n}" for n in range(4)}
     assert not list(table.user_folder(SLUG, KERNEL).glob("*.tmp"))
