@@ -192,18 +192,23 @@ SPACES["sliding_attention_fwd"] = Space(
         Knob("num_stages", (1, 2, 3, 4)),
         Knob("maxnreg", (None, 128, 168)),
     ),
-    defaults={"": lambda p: _sliding_default(p)},
+    defaults={
+        "": lambda p: _sliding_default(p, keys=32, stages=2),
+        "sm_90": lambda p: _sliding_default(p, keys=64, stages=3),
+        "sm_100": lambda p: _sliding_default(p, keys=64, stages=3),
+        "gfx942": lambda p: _sliding_default(p, keys=64, stages=2),
+    },
     safe=lambda p: {"mask": "edges", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": None},
     illegal=lambda p, c: _sliding_illegal(p, c),
 )
 
 
-def _sliding_default(p: Problem) -> dict[str, Value]:
+def _sliding_default(p: Problem, keys: int, stages: int) -> dict[str, Value]:
     if p.dtype == "float32":
         return _space("sliding_attention_fwd").safe(p)
-    wide = max(p.head_dim_qk, p.head_dim_v) > 128
-    block = 32 if wide or p.window < 64 else 64
-    return {"mask": "edges", "BLOCK_M": 128, "BLOCK_N": block, "num_warps": 8, "num_stages": 2, "maxnreg": None}
+    if max(p.head_dim_qk, p.head_dim_v) > 128 or p.window < 64:
+        keys, stages = 32, 2
+    return {"mask": "edges", "BLOCK_M": 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages, "maxnreg": None}
 
 
 def _sliding_illegal(p: Problem, c: Config) -> str | None:
