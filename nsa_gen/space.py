@@ -230,19 +230,21 @@ SPACES["compressed_attention_fwd"] = Space(
         Knob("num_stages", (1, 2, 3, 4)),
     ),
     defaults={
-        "": lambda p: _compressed_default(p, 2),
-        "sm_90": lambda p: _compressed_default(p, 3),
-        "sm_100": lambda p: _compressed_default(p, 3),
+        "": lambda p: _compressed_default(p, wgmma=False),
+        "sm_90": lambda p: _compressed_default(p, wgmma=True),
+        "sm_100": lambda p: _compressed_default(p, wgmma=True),
     },
     safe=lambda p: {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     illegal=lambda p, c: _compressed_illegal(p, c),
 )
 
 
-def _compressed_default(p: Problem, stages: int) -> dict[str, Value]:
+def _compressed_default(p: Problem, wgmma: bool) -> dict[str, Value]:
     large = p.dtype == "float32" or max(p.head_dim_qk, p.head_dim_v) > 128
-    values = {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32 if large else 64, "num_warps": 4}
-    return {**values, "num_stages": 1 if p.dtype == "float32" else 2 if large else stages}
+    if wgmma and not large:
+        return {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    # Without wgmma q lives in registers: more warps, fewer keys a step.
+    return {"loads": "pointer", "BLOCK_M": 64 if large else 128, "BLOCK_N": 32, "num_warps": 4 if large else 8, "num_stages": 1 if large else 3}
 
 
 def _compressed_illegal(p: Problem, c: Config) -> str | None:
@@ -261,7 +263,11 @@ SPACES["importance_fwd"] = Space(
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (1, 2, 3)),
     ),
-    defaults={"": lambda p: _importance_default(p)},
+    defaults={
+        "": lambda p: _importance_default(p, wgmma=False),
+        "sm_90": lambda p: _importance_default(p, wgmma=True),
+        "sm_100": lambda p: _importance_default(p, wgmma=True),
+    },
     safe=lambda p: {"BLOCK_T": 32, "BLOCK_K": _key_tile(p, 64), "num_warps": 4, "num_stages": 1},
     illegal=lambda p, c: _importance_illegal(p, c),
 )
@@ -273,15 +279,17 @@ def _key_tile(p: Problem, least: int) -> int:
     return next((size for size in (64, 128, 256) if size >= max(least, lags * (p.selection_block // p.stride))), 256)
 
 
-def _importance_default(p: Problem) -> dict[str, Value]:
-    large = p.dtype == "float32" or p.head_dim_qk > 128
-    return {"BLOCK_T": 32 if large else 64, "BLOCK_K": _key_tile(p, 64 if large else 128), "num_warps": 4, "num_stages": 1 if large else 2}
+def _importance_default(p: Problem, wgmma: bool) -> dict[str, Value]:
+    if p.dtype == "float32" or p.head_dim_qk > 128:
+        return {"BLOCK_T": 32, "BLOCK_K": _key_tile(p, 64), "num_warps": 4, "num_stages": 1}
+    tile = _key_tile(p, 128)
+    return {"BLOCK_T": 64, "BLOCK_K": tile, "num_warps": 4 if wgmma and tile == 128 else 8, "num_stages": 2}
 
 
 def _importance_illegal(p: Problem, c: Config) -> str | None:
     if c.BLOCK_K < _key_tile(p, 64):
         return f"a tile of {c.BLOCK_K} compressed keys holds no selection block of {p.selection_block} tokens beside its halo"
-    if c.BLOCK_T * c.BLOCK_K // c.num_warps > 64 * 256 // 4:
+    if c.BLOCK_T * c.BLOCK_K // c.num_warps > 64 * 128 // 4:
         return "two score tiles need more registers than the warps have"
     if c.num_warps == 8 and c.BLOCK_T == 32 and c.BLOCK_K == 64:
         return "8 warps on a tile of 32 x 64 leave warps without work"
@@ -295,8 +303,9 @@ SPACES["select_topk"] = Space(
         Knob("SEGMENT", (256, 512, 1024, 2048), {"method": ("stream",)}),
         Knob("BLOCK_ROWS", (1, 2, 4)),
         Knob("num_warps", (1, 2, 4, 8)),
+        Knob("maxnreg", (None, 64, 96, 128), {"method": ("resident",)}),
     ),
-    defaults={"": lambda p: {"method": "resident", "BLOCK_ROWS": 1, "num_warps": 1}},
+    defaults={"": lambda p: {"method": "resident", "BLOCK_ROWS": 1, "num_warps": 1, "maxnreg": None}},
     safe=lambda p: {"method": "stream", "SEGMENT": 512, "BLOCK_ROWS": 1, "num_warps": 4},
 )
 
