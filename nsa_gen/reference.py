@@ -19,10 +19,9 @@ from torch.nn import functional
 
 from .config import overlap_weights
 from .errors import InputError, allowed
-from .spec import Spec
+from .spec import POOLINGS, Spec
 
 SLAB_BYTES = 2**30
-POOLINGS = ("mean", "weighted", "linear", "mlp")
 
 Lengths = Tensor | Sequence[int] | None
 
@@ -182,25 +181,33 @@ def select_blocks(scores: Tensor, selection_block: int, count: int, initial: int
     Returns:
         ``block_indices`` int32 ``[S,Hkv,count]``: ascending, distinct, -1 last.
     """
+    if cu_seqlens is None:
+        position = torch.arange(len(scores), device=scores.device) if queries is None else queries
+    else:
+        total = len(scores) if queries is None else int(cu_seqlens[-1])
+        starts = torch.tensor([start for start, end in bounds(cu_seqlens, total) if end > start], device=scores.device, dtype=torch.long)
+        tokens = torch.arange(total, device=scores.device) if queries is None else queries.to(scores.device)
+        position = tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] if total else tokens
+    return select_at(scores, position, selection_block, count, initial, local)
+
+
+def select_at(scores: Tensor, position: Tensor, selection_block: int, count: int, initial: int, local: int) -> Tensor:
+    """:func:`select_blocks` for queries given by their ``position [S]`` inside their sequences."""
     _, heads, blocks = scores.shape
     column = torch.arange(blocks, device=scores.device)
     slot = torch.arange(count, device=scores.device)
-
-    def select(slab: _Slab) -> tuple[Tensor]:
-        current = slab.position[:, None] // selection_block
+    out = torch.empty(len(scores), heads, count, dtype=torch.int32, device=scores.device)
+    step = max(1, SLAB_BYTES // max(heads * blocks * 48, 1))
+    for i in range(0, len(scores), step):
+        current = position[i : i + step, None].to(scores.device) // selection_block
         candidate = column <= current  # [S, NB]
         forced = candidate & ((column < initial) | (column > current - local))
-        key = scores[slab.rows].masked_fill(~candidate[:, None], -torch.inf).masked_fill(forced[:, None], torch.inf)
+        key = scores[i : i + step].masked_fill(~candidate[:, None], -torch.inf).masked_fill(forced[:, None], torch.inf)
         order = key.sort(dim=2, descending=True, stable=True).indices[..., :count]  # stable: of equal scores the smaller index first
         order = functional.pad(order, (0, count - order.shape[2]))
         order = order.masked_fill((slot > current)[:, None], blocks).sort(dim=2).values  # a query has current + 1 candidates
-        return (order.masked_fill(order == blocks, -1).int(),)
-
-    if cu_seqlens is None and queries is not None:
-        limits = [(0, int(queries.max()) + 1 if len(queries) else 0)]
-    else:
-        limits = bounds(cu_seqlens, len(scores) if queries is None else int(cu_seqlens[-1]))  # type: ignore[index]
-    return _over_queries(select, limits, queries, lambda seqlen: heads * blocks * 48, scores.device)[0]
+        out[i : i + step] = order.masked_fill(order == blocks, -1)
+    return out
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, selection_block: int, scale: float | None = None,

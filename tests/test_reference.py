@@ -140,9 +140,8 @@ BLOCK, STRIDE, SELECTION = 8, 4, 16
 HQ, HKV, DQK, DV = 6, 2, 5, 3
 
 
-def attention_inputs(kv_rows=None):
-    kv_rows = kv_rows or CU[-1]
-    return randn(CU[-1], HQ, DQK, seed=1), randn(kv_rows, HKV, DQK, seed=2), randn(kv_rows, HKV, DV, seed=3)
+def attention_inputs(kv_rows=CU[-1], dim=DQK, dim_v=DV):
+    return randn(CU[-1], HQ, dim, seed=1), randn(kv_rows, HKV, dim, seed=2), randn(kv_rows, HKV, dim_v, seed=3)
 
 
 def brute_rows(q, k, v, scale, see):
@@ -259,8 +258,16 @@ def test_combine_passes_nan_gates():
 
 # --- sampled queries, whole operator, gradients --------------------------------------------------------------------------------
 
-SPEC = Spec("t", "", Heads(HQ, HKV), HeadDim(DQK, DV), Compression(BLOCK, STRIDE, "linear"), Selection(SELECTION, 2, 0, 1), 9,
-            "float32", "shared", ())  # fmt: skip
+SPEC = Spec(
+    name="t",
+    description="",
+    heads=Heads(HQ, HKV),
+    head_dim=HeadDim(16, 32),
+    compression=Compression(BLOCK, STRIDE, "linear"),
+    selection=Selection(SELECTION, 2, 0, 1),
+    window=9,
+    dtype="float32",
+)
 
 
 def test_queries_give_the_same_rows(monkeypatch):
@@ -287,9 +294,9 @@ def test_queries_give_the_same_rows(monkeypatch):
 
 
 def test_nsa_attention_is_its_parts():
-    q, k, v = attention_inputs()
+    q, k, v = attention_inputs(dim=16, dim_v=32)
     gates = [torch.sigmoid(randn(CU[-1], HQ, seed=n + 20)) for n in range(3)]
-    weights = [pooling_weights("linear", HKV, BLOCK, dim) for dim in (DQK, DV)]
+    weights = [pooling_weights("linear", HKV, BLOCK, dim) for dim in (16, 32)]
     got = reference.nsa_attention(q, k, v, *gates, SPEC, *weights, cu_seqlens=CU)
     k_cmp, v_cmp = (reference.compress(x, "linear", w, BLOCK, STRIDE, CU) for x, w in zip((k, v), weights, strict=True))
     o_cmp, lse = reference.compressed_attention(q, k_cmp, v_cmp, BLOCK, STRIDE, None, CU)
@@ -311,10 +318,10 @@ def test_nsa_attention_is_its_parts():
 
 def test_gradients():
     cu = (0, 3, 23)
-    q, k, v = randn(23, 2, 3, seed=1), randn(23, 1, 3, seed=2), randn(23, 1, 2, seed=3)
-    w1, w2 = pooling_weights("linear", 1, BLOCK, 3)[0] * 0.2, pooling_weights("linear", 1, BLOCK, 2)[0] * 0.2
+    q, k, v = randn(23, 2, 16, seed=1), randn(23, 1, 16, seed=2), randn(23, 1, 32, seed=3)
+    w1, w2 = (pooling_weights("linear", 1, BLOCK, dim)[0] * 0.1 for dim in (16, 32))
     gates = [torch.sigmoid(randn(23, 2, seed=n)) for n in range(3)]
-    spec = Spec("t", "", Heads(2, 1), HeadDim(3, 2), SPEC.compression, SPEC.selection, 5, "float32", "shared", ())
+    spec = SPEC.replace(heads={"query": 2, "kv": 1}, window=5)
     with torch.no_grad():
         scores = torch.rand(23, 1, 2)
         chosen = reference.select_blocks(scores, SELECTION, 2, 0, 1, cu)

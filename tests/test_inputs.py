@@ -1,0 +1,312 @@
+"""Cases: legal inputs, poisoned outputs, an acceptance rule that accepts PyTorch and rejects every kind of wrong kernel."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nsa_gen import inputs, reference
+from nsa_gen.config import KERNELS, KEY_FIELDS, Problem
+from nsa_gen.errors import InputError
+
+FIELDS = {
+    "dtype": "float16", "group": 3, "head_dim": 32, "head_dim_qk": 32, "head_dim_v": 16, "block": 16, "stride": 8, "pooling": "mlp",
+    "hidden": 16, "selection_block": 32, "count": 4, "initial": 1, "local": 2, "mapping": "overlap", "window": 40, "varlen": True,
+}  # fmt: skip
+SEQLENS = (5, 0, 150, 97)
+
+
+def problem(kernel: str, **changes) -> Problem:
+    return Problem.of(kernel, {name: (FIELDS | changes)[name] for name in KEY_FIELDS[kernel]})
+
+
+def make(kernel: str, **options) -> inputs.Case:
+    changes = {name: options.pop(name) for name in list(options) if name in FIELDS}
+    return inputs.case(problem(kernel, **changes), **{"seqlens": SEQLENS, "heads_kv": 2} | options)
+
+
+def torch_module(case: inputs.Case) -> SimpleNamespace:
+    """Host functions in PyTorch, signatures of docs/design.md, in the case's dtype."""
+    p = case.problem
+
+    def compress_fwd(x, weights, out, cu_seqlens, batch, max_seqlen):
+        out.copy_(reference.compress(x, p.pooling, weights, p.block, p.stride, cu_seqlens))
+
+    def attention(o, lse, found):
+        o.copy_(found[0])
+        lse.copy_(found[1])
+
+    def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, cu_seqlens, batch, max_seqlen):
+        attention(o, lse, reference.compressed_attention(q, k_cmp, v_cmp, p.block, p.stride, scale, cu_seqlens, dtype=torch.float32))
+
+    def importance_fwd(q, k_cmp, lse, scores, scale, token_start, token_stop, cu_seqlens, batch, max_seqlen):
+        tokens = torch.arange(token_start, token_stop)
+        geometry = (p.block, p.stride, p.selection_block, p.mapping)
+        found = reference.importance(q, k_cmp, lse, *geometry, scale, cu_seqlens, tokens, torch.float32)
+        scores[..., : found.shape[2]] = found
+
+    def select_topk(scores, block_indices, token_start, token_stop, cu_seqlens, batch, max_seqlen):
+        tokens = torch.arange(token_start, token_stop)
+        geometry = (p.selection_block, p.count, p.initial, p.local)
+        block_indices[token_start:token_stop] = reference.select_blocks(scores, *geometry, cu_seqlens, tokens)
+
+    def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen):
+        attention(o, lse, reference.selected_attention(q, k, v, block_indices, p.selection_block, scale, cu_seqlens, dtype=torch.float32))
+
+    def sliding_attention_fwd(q, k, v, o, lse, scale, cu_seqlens, batch, max_seqlen):
+        attention(o, lse, reference.sliding_attention(q, k, v, p.window, scale, cu_seqlens, dtype=torch.float32))
+
+    def combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, o):
+        o.copy_(reference.combine(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, torch.float32))
+
+    return SimpleNamespace(**locals())
+
+
+@pytest.mark.parametrize("kind", inputs.KINDS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_right_kernel_is_accepted(kernel, kind):
+    case = make(kernel, kind=kind, seed=3)
+    module = torch_module(case)
+    assert not case.check().ok  # nothing written yet
+    case.run(module)
+    for queries in (None, inputs.sample_queries(SEQLENS, 40)):
+        check = case.check(queries)
+        assert check.ok and not check.message and set(check.errors) == set(case.outputs), check.message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "select_topk"])
+def test_other_dtypes(kernel, dtype):
+    case = make(kernel, dtype=dtype)
+    case.run(torch_module(case))
+    check = case.check()
+    assert check.ok, check.message
+    assert case.dtype == getattr(torch, dtype)
+
+
+def _wrong_values(out):
+    if not out.is_floating_point():
+        out[-1, 0, 1] = out[-1, 0, 0]
+    else:
+        place = out[180:184] if len(out) > 200 else out[12:13]
+        place.copy_(place.nan_to_num() * 1.5 + 0.01)
+
+
+def _unwritten(out):
+    out[-1].fill_(torch.nan if out.is_floating_point() else -7)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spoil", [_wrong_values, _unwritten])
+def test_a_wrong_kernel_is_rejected(kernel, spoil):
+    for name in make(kernel).outputs:
+        case = make(kernel)
+        case.run(torch_module(case))
+        if kernel == "compress_fwd" and spoil is _unwritten:
+            case.outputs["out"][0] = torch.nan  # a gap row: the first sequence is too short
+        else:
+            spoil(case.outputs[name])
+        check = case.check()
+        assert not check.ok and check.message.startswith(name), (check, name)
+
+
+def test_unwritten_elements_are_seen_outside_the_sample():
+    for kernel in KERNELS:
+        case = make(kernel)
+        case.run(torch_module(case))
+        out = next(iter(case.outputs.values()))
+        out[13, 0, 0] = -7 if kernel == "select_topk" else torch.nan
+        assert not case.check(torch.tensor([200, 201])).ok, kernel
+
+
+@pytest.mark.parametrize("kernel", ["compressed_attention_fwd", "selected_attention_fwd", "sliding_attention_fwd"])
+def test_a_shifted_mask_is_rejected(kernel):
+    case = make(kernel, dtype="float32")
+    module, p = torch_module(case), case.problem
+    if kernel == "sliding_attention_fwd":
+        broken = lambda q, k, v, o, lse, *rest: module.sliding_attention_fwd(q, k.roll(1, 0), v.roll(1, 0), o, lse, *rest)  # noqa: E731
+    elif kernel == "selected_attention_fwd":
+        broken = lambda q, k, v, b, *rest: module.selected_attention_fwd(q, k, v, torch.where(b == 1, 0, b), *rest)  # noqa: E731
+    else:
+
+        def broken(q, k, v, o, lse, scale, cu, batch, longest):
+            found = reference.compressed_attention(q, k, v, p.block - 1, p.stride, scale, cu)
+            o.copy_(found[0].nan_to_num())
+            lse.copy_(found[1].nan_to_num())  # fmt: skip
+
+    case.run(SimpleNamespace(**{kernel: broken}))
+    assert not case.check().ok
+
+
+def test_a_score_of_the_wrong_small_size_is_rejected():
+    case = make("importance_fwd", kind="peaky")
+    case.run(torch_module(case))
+    scores, position = case.outputs["scores"], inputs.positions(SEQLENS)
+    defined = (torch.arange(scores.shape[2]) <= position[:, None] // 32)[:, None] & (scores > 0)
+    smallest = torch.where(defined, scores, torch.inf).flatten().argmin()
+    scores.view(-1)[smallest] *= 1.01
+    assert scores.view(-1)[smallest] < 1e-3
+    assert "relative error" in case.check().message
+
+
+@pytest.mark.parametrize("kernel", ["importance_fwd", "select_topk"])
+def test_chunks(kernel):
+    seqlens = (300, 450)
+    case = make(kernel, seqlens=seqlens, workspace_bytes=1)
+    assert case.chunks == ((0, 256), (256, 512), (512, 750))
+    case.run(torch_module(case))
+    buffer = (case.outputs | case.tensors)["scores"]
+    assert len(buffer) == 256 and buffer.stride(1) % 8 == 0
+    assert case.check().ok
+    check = case.check(inputs.sample_queries(seqlens, 60))
+    assert check.ok, check.message
+    if kernel == "importance_fwd":
+        with pytest.raises(InputError, match="last chunk"):
+            case.expected(torch.tensor([5]))
+
+
+@pytest.mark.parametrize("kind", inputs.KINDS)
+@pytest.mark.parametrize("kernel", ["selected_attention_fwd", "select_topk"])
+def test_block_indices_are_legal(kind, kernel):
+    case = make(kernel, kind=kind)
+    chosen = case.tensors["block_indices"] if kernel == "selected_attention_fwd" else case.expected()["block_indices"]
+    assert chosen.dtype == torch.int32
+    for t, position in enumerate(inputs.positions(SEQLENS).tolist()):
+        for row in chosen[t].tolist():
+            blocks = [i for i in row if i >= 0]
+            current = position // 32
+            assert blocks == sorted(set(blocks)) and row == blocks + [-1] * (4 - len(blocks))
+            assert len(blocks) == min(4, current + 1) and {0, current, max(current - 1, 0)} <= set(blocks) and max(blocks) == current
+
+
+def logits(case):
+    q, k = case.tensors["q"].double(), case.tensors["k"].double()
+    return torch.einsum("thgd,shd->htgs", q.unflatten(1, (2, 3)), k) * case.tensors["scale"]
+
+
+def test_kinds_are_what_they_say():
+    found = {kind: logits(make("sliding_attention_fwd", kind=kind)) for kind in inputs.KINDS}
+    assert 3 < found["random"].abs().max() < 8
+    assert 60 < found["huge"].abs().max() < 110
+    assert found["equal"].var(-1).max() < 1e-20
+    assert max(len(row.unique()) for row in found["ties"][:, :3].flatten(0, 2).round(decimals=9)) == 4
+    heavy = found["peaky"].softmax(-1).sort(-1, descending=True).values
+    assert heavy[..., :8].sum(-1).mean() > 0.95 > 0.5 > found["random"].softmax(-1).sort(-1, descending=True).values[..., :8].sum(-1).mean()
+
+
+def test_seeded():
+    for kernel in KERNELS:
+        a, b, c = make(kernel), make(kernel), make(kernel, seed=1)
+        name = next(n for n, x in a.tensors.items() if isinstance(x, torch.Tensor) and n != "cu_seqlens")
+        assert torch.equal(a.tensors[name].nan_to_num(), b.tensors[name].nan_to_num())
+        assert not torch.equal(a.tensors[name].nan_to_num(), c.tensors[name].nan_to_num())
+
+
+def test_untrusted_input_is_poisoned():
+    case = make("compressed_attention_fwd")
+    held = {row for first, count in reference.compressed_offsets(case.cu_seqlens, case.total, 16, 8) for row in range(first, first + count)}
+    assert 0 < len(held) < len(case.tensors["k_cmp"])
+    for row in range(len(case.tensors["k_cmp"])):
+        for name in ("k_cmp", "v_cmp"):
+            assert case.tensors[name][row].isnan().all() == (row not in held)
+    scores = make("select_topk").tensors["scores"]
+    assert torch.equal(scores[:, 0].isnan(), torch.arange(scores.shape[2]) > inputs.positions(SEQLENS)[:, None] // 32)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_meta(kernel):
+    real, meta = make(kernel), make(kernel, device="meta")
+    calls = []
+    meta.run(SimpleNamespace(**{kernel: lambda *args: calls.append(args)}))
+    assert calls and {n: (x.shape, x.dtype) for n, x in real.outputs.items()} == {n: (x.shape, x.dtype) for n, x in meta.outputs.items()}
+    for name, value in real.tensors.items():
+        other = meta.tensors[name]
+        if isinstance(value, torch.Tensor):
+            assert other.is_meta and (value.shape, value.dtype, value.stride()) == (other.shape, other.dtype, other.stride()), name
+    assert (real.flops(), real.bytes()) == (meta.flops(), meta.bytes())
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "combine_fwd"])
+def test_batched_and_no_tokens(kernel):
+    case = make(kernel, varlen=False, seqlens=(64, 64))
+    assert case.tensors["cu_seqlens"] is None
+    with pytest.raises(InputError, match="not varlen"):
+        make(kernel, varlen=False, seqlens=(64, 65))
+    for seqlens in ((0, 0), (3,)):
+        case = make(kernel, seqlens=seqlens)
+        case.run(torch_module(case))
+        assert case.check().ok
+    with pytest.raises(InputError, match="kind: got 'odd', allowed: random"):
+        make(kernel, kind="odd")
+
+
+def test_flops_and_bytes_count_visible_pairs():
+    position = inputs.positions(SEQLENS).tolist()
+    pairs = sum(sum(j * 8 + 15 <= t for j in range(99)) for t in position)
+    assert make("compressed_attention_fwd").flops() == 2 * 6 * (32 + 16) * pairs
+    assert make("importance_fwd").flops() == 2 * 6 * 32 * pairs
+    assert make("sliding_attention_fwd").flops() == 2 * 6 * 48 * sum(min(t + 1, 40) for t in position)
+    case = make("selected_attention_fwd")
+    chosen, seen = case.tensors["block_indices"], 0
+    for t, at in enumerate(position):
+        seen += sum(1 for i in chosen[t, 0].tolist() if i >= 0 for s in range(32 * i, 32 * i + 32) if s <= at)
+    assert case.flops() == 2 * 6 * 48 * seen
+    total = sum(SEQLENS)
+    assert case.bytes() == 2 * total * (6 * 32 + 2 * 32 + 2 * 16 + 6 * 16) + 4 * total * (2 * 4 + 6) + 4 * 5
+    assert make("combine_fwd", heads_query=6).bytes() == 2 * total * 6 * (4 * 16 + 3)
+    assert make("compress_fwd", pooling="linear", hidden=0).flops() == 2 * 28 * 2 * (16 * 32) * 32
+
+
+def test_sample_queries():
+    assert inputs.sample_queries((3, 4), 10).tolist() == list(range(7))
+    seqlens = (70000, 0, 1, 300)
+    found = inputs.sample_queries(seqlens, 200, seed=1)
+    assert torch.equal(found, found.unique()) and 150 < len(found) <= 202
+    assert {0, sum(seqlens) - 1} <= set(found.tolist()) and int(found.max()) < sum(seqlens)
+    assert torch.equal(found, inputs.sample_queries(seqlens, 200, seed=1))
+    assert len({70000, 70001, 69999} & set(inputs.sample_queries(seqlens, 1000).tolist())) == 3
+    assert len(inputs.sample_queries((64,) * 1000, 100)) <= 102
+
+
+def test_selection_agrees_up_to_ties():
+    p = problem("select_topk")
+    position = torch.tensor([250, 10, 250])
+    scores = torch.rand(3, 2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = reference.select_at(scores, position, 32, 4, 1, 2)
+    assert inputs.selection_agrees(exact, scores, p, 0.0, position)
+    free = [i for i in range(1, 6) if i not in exact[0, 0].tolist()]
+    loser, winner = max(free, key=lambda i: scores[0, 0, i]), next(i for i in exact[0, 0].tolist() if i not in (0, 6, 7))
+    swapped = exact.clone()
+    swapped[0, 0] = torch.tensor(sorted({0, 6, 7, loser}))
+    assert not inputs.selection_agrees(swapped, scores, p, 1e-6, position)
+    near = scores.clone()
+    near[0, 0, loser] = near[0, 0, winner] * (1 - 1e-7)
+    assert inputs.selection_agrees(swapped, near, p, 1e-6, position)
+    assert not inputs.selection_agrees(swapped, near, p, 1e-9, position)
+    for bad in ([0, winner, 6, 8], [0, winner, 7, 6], [0, winner, 7, -1], [winner, winner, 6, 7], [1, winner, 6, 7], [0, winner, 6, 9]):
+        malformed = exact.clone()
+        malformed[0, 0] = torch.tensor(bad)
+        assert not inputs.selection_agrees(malformed, torch.ones_like(scores), p, 1.0, position), bad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_long_cases_on_a_gpu(kernel):
+    """64k tokens: made and checked on sampled queries in bounded time and memory."""
+    long = {"block": 32, "stride": 16, "selection_block": 64, "count": 16, "window": 512, "head_dim_qk": 128, "head_dim_v": 128}
+    case = make(kernel, dtype="bfloat16", group=16, seqlens=(65536,), heads_kv=4, device="cuda", **long)
+    queries = inputs.sample_queries((65536,), 64)
+    for name, out in case.outputs.items():
+        rows = case.expected(queries, torch.float32)[name].to(out.dtype)
+        out.zero_()
+        if kernel == "compress_fwd":
+            out.copy_(rows)
+        elif kernel == "importance_fwd":
+            out[queries.cuda(), :, : rows.shape[2]] = rows
+        else:
+            out[queries.cuda()] = rows
+    check = case.check(queries)
+    assert check.ok, check.message
+    assert torch.cuda.max_memory_allocated() < 40 * 2**30
