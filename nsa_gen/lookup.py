@@ -61,7 +61,10 @@ class Resolution:
 
 @contextmanager
 def override(*configs: Config, problem: Problem | None = None) -> Iterator[None]:
-    """Use these configs in the ``with`` block (this thread or task only), whatever the tables say.
+    """Use these configs in the ``with`` block, whatever the tables say.
+
+    It holds for this thread or task only. Autograd runs a backward pass on the GPU in a thread of its own: for that, use
+    :func:`set_override`.
 
     Args:
         configs: each serves every problem of its kernel, or only ``problem`` if that is given. Inner blocks win over outer ones, and
@@ -108,7 +111,7 @@ def resolve(problem: Problem, shape: Shape, device: Device, *, digest_of: Digest
     """The config for ``problem`` at ``shape`` on ``device``; the order is in this module's docstring.
 
     Every answer that is not exact says so in ``reason`` and is logged once (logger ``nsa_gen``): information if it is a row of this
-    device, else a warning.
+    device or for the interpreter, which nobody tunes, else a warning.
 
     Args:
         digest_of: problem and config to the digest of what rendering gives today; without it nothing is called stale.
@@ -128,8 +131,8 @@ def resolve(problem: Problem, shape: Shape, device: Device, *, digest_of: Digest
             f"{problem.kernel} [{key}] at seqlen {shape.seqlen}, batch_heads {shape.batch_heads} has no tuned row on {device.slug} "
             f"(would take: {found.reason}); tune it with: nsa-gen tune SPEC --kernels {problem.kernel}, or unset NSA_GEN_STRICT"
         )
-    own = found.source in ("user cache", "device table")
-    level = logging.INFO if own else logging.WARNING
+    expected = found.source in ("user cache", "device table") or device.backend == "cpu"
+    level = logging.INFO if expected else logging.WARNING
     _log_once(level, f"{problem.kernel} on {device.slug}: {found.reason}", problem, device.slug, found.source, found.row)
     return found
 

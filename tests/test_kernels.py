@@ -45,33 +45,35 @@ def config(block: int) -> Config:
     return Config.of(KERNEL, {"BLOCK_M": block})
 
 
-def ship(slug: str, *spans: tuple[tuple[int, int], int], of: Problem | None = None) -> None:
+def ship(slug: str, *spans: tuple[tuple[int, int], int | Config], of: Problem | None = None) -> None:
     times = {"median_ms": 1.0, "spread": 0.01, "default_ms": 1.2, "speedup": 1.2, "speedup_low": 1.1, "speedup_high": 1.3}
     rows = [
         Row(
             problem=of or problem(),
             seqlen=seqlen,
             batch_heads=(1, 7),
-            config=config(block),
+            config=chosen,
             perf={**times, "verdict": "tuned wins"},
             resources={"shared": 65536, "registers": 128, "spills": 0},
             correctness={"max_rel_err": 1e-3, "reference": "float64", "cases": 4},
             environment={"triton": "3.6.0", "torch": "2.11.0", "driver": "580.1", "device": "Test GPU", "python": "3.12.1"},
-            source_digest=kernels.digest_of(of or problem(), config(block)),
+            source_digest=kernels.digest_of(of or problem(), chosen),
             date="2025-06-01",
         )
-        for seqlen, block in spans
+        for seqlen, chosen in ((seqlen, block if isinstance(block, Config) else config(block)) for seqlen, block in spans)
     ]
     Table(slug, KERNEL, tuple(rows)).save(table.shipped_path(slug, KERNEL))
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
-    (tmp_path / "templates").mkdir()
-    (tmp_path / "templates" / f"{KERNEL}.py.jinja").write_text(TEMPLATE)
-    monkeypatch.setattr("nsa_gen.paths.templates", lambda: tmp_path / "templates")
-    monkeypatch.setattr(render, "_environment", render.environment)
-    monkeypatch.setitem(space.SPACES, KERNEL, FAKE)
+def folders(tmp_path, monkeypatch, request):
+    """Tables and cache of the test's own; but for tests on a GPU, a template and a space of its own too."""
+    if "gpu" not in request.keywords:
+        (tmp_path / "templates").mkdir()
+        (tmp_path / "templates" / f"{KERNEL}.py.jinja").write_text(TEMPLATE)
+        monkeypatch.setattr("nsa_gen.paths.templates", lambda: tmp_path / "templates")
+        monkeypatch.setattr(render, "_environment", render.environment)
+        monkeypatch.setitem(space.SPACES, KERNEL, FAKE)
     monkeypatch.setenv("NSA_GEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NSA_GEN_TUNED", str(tmp_path / "tuned"))
     monkeypatch.delenv("NSA_GEN_STRICT", raising=False)
@@ -210,6 +212,31 @@ def test_override_is_taken_at_its_word():
 def test_other_errors_reach_the_caller():
     with pytest.raises(ZeroDivisionError):
         run(get(problem(), SHAPE, GPU), b32=ZeroDivisionError())
+
+
+@pytest.mark.gpu
+def test_row_too_large_for_the_gpu_gives_the_right_result_all_the_same():
+    """The real kernel, with a row that claims less shared memory than it takes."""
+    device = kernels.default_device()
+    of = problem(group=4, head_dim_qk=256, head_dim_v=256, window=64)
+    ship(device.slug, ((1, 4095), max(space.candidates(of), key=lambda c: (c.BLOCK_N, c.num_stages, c.BLOCK_M))), of=of)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(300, heads, 256, device="cuda", dtype=torch.bfloat16) for heads in (4, 1, 1))
+
+    def forward() -> tuple[torch.Tensor, str]:
+        kernel = get(of, Shape(300, 1), device)
+        o, lse = torch.full_like(q, torch.nan), torch.full((300, 4), torch.nan, device="cuda")
+        kernel.sliding_attention_fwd(q, k, v, o, lse, 256**-0.5, None, 1, 300)
+        return o, kernel.resolution.source
+
+    o, source = forward()
+    assert source in ("default", "safe")
+    scores = torch.einsum("thd,sd->hts", q.double(), k[:, 0].double()) * 256**-0.5
+    age = torch.arange(300, device="cuda")[:, None] - torch.arange(300, device="cuda")
+    weights = scores.masked_fill((age < 0) | (age >= 64), -torch.inf).softmax(-1)
+    expected = torch.einsum("hts,sd->thd", weights, v[:, 0].double())
+    torch.testing.assert_close(o.double(), expected, atol=2e-2, rtol=2e-2)
+    assert torch.equal(forward()[0], o)
 
 
 # --- the public resolve, devices, speed ----------------------------------------------------------------------------------------

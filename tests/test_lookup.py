@@ -238,8 +238,9 @@ def test_below_exact_is_logged_once(caplog):
         for seqlen in (5000, 6000, 60000, 60001, 60002):
             resolve(problem(), Shape(seqlen, 4), GPU)
             resolve(problem(window=256), Shape(seqlen, 4), GPU)
-    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
-    assert "default for sm_90" in caplog.records[0].message and "nearest row" in caplog.records[1].message
+            resolve(problem(window=256), Shape(seqlen, 4), from_name("interpreter"))
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO", "INFO"]
+    assert "default for sm_90" in caplog.records[0].message and "nearest row" in caplog.records[2].message
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------------------
