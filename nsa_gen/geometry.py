@@ -49,13 +49,13 @@ class Rule:
             return None
         if type(value) is not self.kind:
             hint = "; a list makes a sweep: use spec.expand()" if isinstance(value, list) and self.tag is not None else ""
-            return f"must be {_KINDS[self.kind]}, got {kind_of(value)} {reprlib.repr(value)}, allowed: {self.range}{hint}"
+            return f"must be {_KINDS[self.kind]}, got {kind_of(value)} {show(value)}, allowed: {self.range}{hint}"
         if self.choices and value not in self.choices:
-            return allowed(value, self.choices) + nearest(value, self.choices)
+            return f"got {show(value)}, allowed: {self.range}{nearest(value[:100], self.choices)}"
         if self.pattern and not re.fullmatch(self.pattern, value):
-            return f"got {reprlib.repr(value)}, allowed: {self.range}"
+            return f"got {show(value)}, allowed: {self.range}"
         if self.kind is int and not (self.low <= value <= self.high and value % self.multiple == 0):
-            return f"got {reprlib.repr(value)}, allowed: {self.range}"
+            return f"got {show(value)}, allowed: {self.range}"
         if self.power_of_two and value & (value - 1):
             return f"got {value}, allowed: {self.range}"
         return None
@@ -66,7 +66,7 @@ class Rule:
         if self.choices:
             return ", ".join(self.choices)
         if self.kind is str:
-            return "letters, digits and . _ -, beginning with a letter or digit, at most 100" if self.pattern else "any text"
+            return "letters, digits and . _ -, beginning with a letter or digit, at most 200" if self.pattern else "any text"
         if self.power_of_two:
             return ", ".join(str(v) for v in self._powers())
         what = "whole numbers" if self.multiple == 1 else f"multiples of {self.multiple}"
@@ -95,6 +95,14 @@ def kind_of(value: Any) -> str:
         return "nothing"
     words = {bool: "the truth value", str: "the text", float: "the number", int: "the number", list: "the list", dict: "the mapping"}
     return words.get(type(value), f"the {type(value).__name__}")
+
+
+def show(value: Any) -> str:
+    """``repr``, cut to a length that fits in a message."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 def nearest(word: Any, words: Any) -> str:
@@ -234,7 +242,7 @@ class Spec(_Checked):
         SpecError: a value is not allowed or the shape is impossible; ``field`` says which.
     """
 
-    name: str = _text("name of the spec", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+    name: str = _text("name of the spec", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
     description: str = _text("one line for people")
     heads: Heads
     head_dim: HeadDim
@@ -253,7 +261,7 @@ class Spec(_Checked):
             if not isinstance(getattr(self, name), cls):
                 raise SpecError(f"must be a {cls.__name__}, got {kind_of(getattr(self, name))}; from_dict() takes mappings", field=name)
         if not isinstance(self.tune, (tuple, list)) or not all(isinstance(shape, TuneShape) for shape in self.tune):
-            raise SpecError(f"must be a tuple of TuneShape, got {reprlib.repr(self.tune)}", field="tune")
+            raise SpecError(f"must be a tuple of TuneShape, got {show(self.tune)}", field="tune")
         object.__setattr__(self, "tune", tuple(self.tune))
         heads, compression, selection = self.heads, self.compression, self.selection
         if heads.query % heads.kv:
@@ -299,7 +307,7 @@ class Spec(_Checked):
         """
         data = _known(data, ("schema", *(f.name for f in fields(cls))), "")
         if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
-            given = f"got {reprlib.repr(data['schema'])}" if "schema" in data else "missing"
+            given = f"got {show(data['schema'])}" if "schema" in data else "missing"
             raise SpecError(f"{given}, allowed: {SCHEMA} (the version of the format of spec files)", field="schema")
         values = {name: value for name, value in data.items() if name != "schema"}
         values.setdefault("description", "")
@@ -309,7 +317,7 @@ class Spec(_Checked):
         tune = _known(values.get("tune", {}), ("shapes",), "tune")
         shapes = tune.get("shapes", [])
         if not isinstance(shapes, (list, tuple)):
-            raise SpecError(f"must be a list of {{batch, seqlen}}, got {kind_of(shapes)} {reprlib.repr(shapes)}", field="tune.shapes")
+            raise SpecError(f"must be a list of {{batch, seqlen}}, got {kind_of(shapes)} {show(shapes)}", field="tune.shapes")
         values["tune"] = tuple(_section(TuneShape, shape, f"tune.shapes[{i}]") for i, shape in enumerate(shapes))
         return cls(**values)
 
@@ -359,7 +367,7 @@ SWEEPABLE: dict[str, Rule] = dict(_sweepable())
 def _known(data: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
     """``data`` if it is a mapping of known keys."""
     if not isinstance(data, Mapping):
-        raise SpecError(f"must be a mapping with {', '.join(names)}; got {kind_of(data)} {reprlib.repr(data)}", field=where or None)
+        raise SpecError(f"must be a mapping with {', '.join(names)}; got {kind_of(data)} {show(data)}", field=where or None)
     for key in data:
         if key not in names:
             dotted = f"{where}.{key}" if where else str(key)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import os
 import re
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -37,6 +37,7 @@ from .geometry import (
     TuneShape,
     kind_of,
     rules,
+    show,
 )
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
 #: Most specs one sweep may make.
 MAX_SWEEP = 512
 _SUFFIXES = (".yaml", ".yml")
+#: What :func:`load` found for a text: file, its stamp, spec. A name is looked up at every call of an operator.
+_recent: dict[str, tuple[str, tuple[int, int], Spec]] = {}
 
 
 def load(source: str | PathLike[str] | Spec) -> Spec:
@@ -59,13 +62,18 @@ def load(source: str | PathLike[str] | Spec) -> Spec:
     """
     if isinstance(source, Spec):
         return source
+    known = _recent.get(source) if type(source) is str else None
+    if known is not None and known[1] == _stamp(known[0]):
+        return known[2]
     path, name = _find(source)
-    specs = _specs(path)
+    specs, sweep = _read(path, *_stamp(path))
     if name is not None:
         return next(spec for spec in specs if spec.name == name)
-    if len(specs) > 1 or _is_sweep(path):
+    if sweep:
         shown = ", ".join(spec.name for spec in specs[:8]) + (", ..." if len(specs) > 8 else "")
         raise SpecError(f"is a sweep of {len(specs)} specs: name one of {shown}, or use expand()", file=str(path))
+    if type(source) is str and path.is_absolute():
+        _recent[source] = (str(path), _stamp(path), specs[0])
     return specs[0]
 
 
@@ -181,7 +189,7 @@ def _files(folder: Path) -> list[Path]:
 def _find(source: Any) -> tuple[Path, str | None]:
     """The file of ``source``, and the name of a sweep's member if that is what ``source`` named."""
     if not isinstance(source, (str, PathLike)) or isinstance(source, bytes):
-        raise SpecError(f"a spec is given by name, path or as a Spec, got {kind_of(source)} {reprlib.repr(source)}")
+        raise SpecError(f"a spec is given by name, path or as a Spec, got {kind_of(source)} {show(source)}")
     text = str(source)
     is_path = isinstance(source, PathLike) or Path(text).suffix in _SUFFIXES or Path(text).name != text
     if is_path:
@@ -227,13 +235,9 @@ def _specs(path: Path) -> tuple[Spec, ...]:
     return _read(path, *_stamp(path))[0]
 
 
-def _is_sweep(path: Path) -> bool:
-    return _read(path, *_stamp(path))[1]
-
-
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path | str) -> tuple[int, int]:
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except (OSError, ValueError) as error:
         raise SpecError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=str(path)) from error
     return stat.st_mtime_ns, stat.st_size
@@ -303,13 +307,13 @@ def _plain(loader: Any, node: Any, where: str, done: dict[int, Any], above: tupl
         return done[id(node)]
     line = node.start_mark.line + 1
     if id(node) in above:
-        raise SpecError("bad YAML: an alias that holds itself", line=line)
+        raise SpecError("bad YAML: an alias that holds itself", line=line, field=where or None)
     above = (*above, id(node))
     if node.id == "scalar":
         try:
             value: Any = loader.construct_object(node)
         except (ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
-            raise SpecError(f"bad YAML: {reprlib.repr(node.value)}: {error}", line=line) from error
+            raise SpecError(f"bad YAML: {show(node.value)}: {error}", line=line, field=where or None) from error
     elif node.id == "sequence":
         value = [_plain(loader, item, f"{where}[{i}]", done, above) for i, item in enumerate(node.value)]
     else:
@@ -317,7 +321,7 @@ def _plain(loader: Any, node: Any, where: str, done: dict[int, Any], above: tupl
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if key_node.id != "scalar":
-                raise SpecError("bad YAML: a key must be a text", line=line)
+                raise SpecError("bad YAML: a key must be a text", line=line, field=where or None)
             key = key_node.value
             inner = f"{where}.{key}" if where else key
             if key in value:
