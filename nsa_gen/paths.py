@@ -7,6 +7,7 @@ A checkout keeps ``templates/``, ``specs/`` and ``tuned/`` at its top level; a w
 | ``NSA_GEN_CACHE`` | rendered modules, user table entries | ``$XDG_CACHE_HOME/nsa-gen`` or ``~/.cache/nsa-gen`` |
 | ``NSA_GEN_TUNED`` | folder of shipped tables | the one shipped |
 | ``NSA_GEN_STRICT`` | ``1``: raise ``NotTuned`` instead of falling back | ``0`` |
+| ``NSA_GEN_DEBUG`` | ``1``: tracebacks on the command line; operators check values on the GPU too (a sync a call) | ``0`` |
 | ``NSA_GEN_WORKSPACE`` | bound on an op's workspace in bytes (``512M``, ``2G`` …) | ``2G`` |
 """
 
@@ -55,6 +56,11 @@ def cache() -> Path:
 def strict() -> bool:
     """Whether a lookup without an exact tuned row raises ``NotTuned``."""
     return os.environ.get("NSA_GEN_STRICT", "0") not in ("", "0")
+
+
+def debug() -> bool:
+    """Whether checks that cost a device synchronisation are made, and errors show their traceback on the command line."""
+    return os.environ.get("NSA_GEN_DEBUG", "0") not in ("", "0")
 
 
 def workspace_bytes() -> int:

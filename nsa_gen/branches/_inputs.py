@@ -1,0 +1,305 @@
+"""What the operators accept, and the way from a checked call to a kernel.
+
+Checks of ranks, shapes, dtypes and devices cost no synchronisation and are always made. Checks of *values* on the device
+(``cu_seqlens``, ``block_indices``) are made where that is free, on CPU tensors (the interpreter), and on a GPU only with
+``NSA_GEN_DEBUG=1``, which costs a synchronisation a call and cannot be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from os import PathLike, fspath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels, paths
+from ..config import Problem, Shape
+from ..config import problem as problem_of
+from ..errors import InputError, allowed
+from ..spec import Spec, load
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SpecLike = Spec | str | PathLike[str]
+
+# --- the geometry of a call, as an operator of torch.library takes it: a text -----------------------------------------------------
+
+_FIELDS = (
+    "heads.query", "heads.kv", "head_dim.qk", "head_dim.v", "compression.block", "compression.stride", "compression.pooling",
+    "compression.hidden", "selection.block", "selection.count", "selection.initial", "selection.local", "selection.mapping", "window",
+)  # fmt: skip
+_TEXTS = ("compression.pooling", "selection.mapping")
+_named: dict[str, Spec] = {}
+_specs: dict[str, Spec] = {}
+_problems: dict[tuple[str, str, str, torch.dtype, bool], Problem] = {}
+
+
+def spec_of(spec: SpecLike) -> Spec:
+    """The Spec of a name, path or Spec. A file is read once a process."""
+    if isinstance(spec, Spec):
+        return spec
+    if not isinstance(spec, str | PathLike):
+        raise InputError(f"spec must be a name, a path or a Spec, got {type(spec).__name__}")
+    return _load(fspath(spec))
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> Spec:
+    found = _named.get(name)
+    if found is None:
+        found = _named[name] = load(name)
+    return found
+
+
+def geometry_of(spec: Spec) -> str:
+    """All of a spec that changes results, as text; what ``torch.compile`` writes in its graphs. :func:`_decode` reads it."""
+    if torch.compiler.is_compiling():
+        return _encode(spec)
+    found = spec.__dict__.get("_geometry")
+    if found is None:
+        found = _encode(spec)
+        object.__setattr__(spec, "_geometry", found)  # hashing a Spec on every call would cost more than a launch
+    return found
+
+
+def _encode(spec: Spec) -> str:
+    heads, dim, c, s = spec.heads, spec.head_dim, spec.compression, spec.selection
+    return (
+        f"{heads.query} {heads.kv} {dim.qk} {dim.v} {c.block} {c.stride} {c.pooling} {c.hidden or 0} "
+        f"{s.block} {s.count} {s.initial} {s.local} {s.mapping} {spec.window}"
+    )
+
+
+def _decode(geometry: str) -> Spec:
+    """The spec of a geometry (also one that another process wrote); name and dtype mean nothing."""
+    found = _specs.get(geometry)
+    if found is None:
+        data: dict[str, Any] = {"schema": 1, "name": "op", "dtype": "float32"}
+        for name, text in zip(_FIELDS, geometry.split(" "), strict=True):
+            section, _, part = name.partition(".")
+            value = text if name in _TEXTS else int(text)
+            if not part:
+                data[section] = value
+            elif (name, value) != ("compression.hidden", 0):
+                data.setdefault(section, {})[part] = value
+        found = _specs[geometry] = Spec.from_dict(data)
+    return found
+
+
+class Geometry(NamedTuple):
+    """The numbers of a spec that hosts and fakes need."""
+
+    group: int
+    stride: int
+    head_dim_v: int
+    selection_block: int
+    count: int
+
+
+_geometries: dict[str, Geometry] = {}
+
+
+def numbers(geometry: str) -> Geometry:
+    """The numbers in a geometry's text."""
+    found = _geometries.get(geometry)
+    if found is None:
+        spec = _decode(geometry)
+        made = Geometry(spec.group, spec.compression.stride, spec.head_dim.v, spec.selection.block, spec.selection.count)
+        found = _geometries[geometry] = made
+    return found
+
+
+def kernel(name: str, geometry: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Callable[..., None]:
+    """The host function of kernel ``name`` for tensors like ``x``. The dtype is that of ``x``: a spec's own is what it is tuned for."""
+    key = (name, which, geometry, x.dtype, cu_seqlens is not None)
+    problem = _problems.get(key)
+    if problem is None:
+        spec = _decode(geometry).replace(dtype=str(x.dtype).removeprefix("torch."))
+        problem = _problems[key] = problem_of(name, spec, varlen=key[4], which=which)
+    return getattr(kernels.get(problem, shape, kernels.device_of(x)), name)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------------------
+
+
+def ready(x: Tensor) -> Tensor:
+    """``x [T,H,D]`` as kernels read it: last dim contiguous, 16-byte aligned, other strides multiples of 8; a copy where it is not so."""
+    tokens, heads, _ = x.shape
+    stride_t, stride_h, stride_d = x.stride()
+    if stride_d == 1 and not (stride_t & 7 and tokens > 1) and not (stride_h & 7 and heads > 1) and not x.data_ptr() & 15:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def ready_flat(x: Tensor) -> Tensor:
+    """``x`` contiguous and 16-byte aligned; a copy where it is not so."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() & 15 else x
+
+
+def on_device_of(x: Tensor) -> Any:
+    """A context in which kernels launch on the GPU of ``x``, or None if they do already (kernels launch on the current one)."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.get_device())
+    return None
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tokens(NamedTuple):
+    """How the tokens of a call lie in sequences. ``form`` is ``(B, S)`` of a batched call, None of a packed one."""
+
+    total: int
+    batch: int
+    max_seqlen: int
+    cu_seqlens: Tensor | None
+    form: tuple[int, int] | None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B,S,…]`` → ``[T,…]``."""
+        return x if self.form is None else x.flatten(0, 1)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``[T,…]`` → ``[B,S,…]``."""
+        return x if self.form is None else x.unflatten(0, self.form)
+
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions of every per-token argument."""
+        return (self.total,) if self.form is None else self.form
+
+
+def tokens_of(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, rank: int = 3) -> Tokens:
+    """The sequences of a call whose first argument is ``x`` (``[T,H,D]``, or batched ``[B,S,H,D]``).
+
+    Raises:
+        InputError: not a tensor, wrong rank, dtype or device; ``cu_seqlens`` of wrong rank, dtype, device; ``max_seqlen`` impossible.
+    """
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise InputError(f"{name}.dtype: {allowed(x.dtype, DTYPES)}")
+    if x.dim() == rank + 1:
+        batch, seqlen = x.shape[:2]
+        if cu_seqlens is not None:
+            raise InputError(f"{name} is batched ({_shape(x)}): cu_seqlens goes with packed tensors [T, ...] only")
+        if max_seqlen is not None and max_seqlen != seqlen:
+            raise InputError(f"max_seqlen: got {max_seqlen}, a batched call has sequences of {seqlen} tokens: leave it out")
+        return Tokens(batch * seqlen, batch, seqlen, None, (batch, seqlen))
+    if x.dim() != rank:
+        raise InputError(f"{name} must be packed [T, H, D] or batched [B, S, H, D]{'' if rank == 3 else ' less D'}, got {_shape(x)}")
+    total = x.shape[0]
+    if cu_seqlens is None:
+        if max_seqlen is not None and max_seqlen != total:
+            raise InputError(f"max_seqlen: got {max_seqlen}, without cu_seqlens the {total} tokens are one sequence: leave it out")
+        return Tokens(total, 1, total, None, None)
+    if not isinstance(cu_seqlens, Tensor):
+        raise InputError(f"cu_seqlens must be an int32 tensor [B + 1], got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype is not torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != x.device:
+        raise InputError(
+            f"cu_seqlens must be int32 [B + 1] on {x.device}, got {cu_seqlens.dtype} {_shape(cu_seqlens)} on {cu_seqlens.device}"
+        )
+    batch = cu_seqlens.shape[0] - 1
+    if batch < 0:
+        raise InputError("cu_seqlens must have B + 1 entries, [0] for no sequence; got none")
+    if batch == 0 and total:
+        raise InputError(f"cu_seqlens [0] has no sequence, {name} has {total} tokens")
+    if max_seqlen is None:
+        max_seqlen = total
+    elif not isinstance(max_seqlen, int | torch.SymInt) or max_seqlen < 0:
+        raise InputError(f"max_seqlen must be a whole number from 0, got {max_seqlen!r}")
+    elif max_seqlen * batch < total:
+        raise InputError(f"max_seqlen: got {max_seqlen}, but {total} tokens in {batch} sequences need at least {-(-total // batch)}")
+    return Tokens(total, batch, max_seqlen, cu_seqlens, None)
+
+
+def query_heads(q: Tensor, spec: Spec) -> int:
+    """KV heads of a call with queries ``q [...,Hq,D]``: any number, the group is the spec's.
+
+    Raises:
+        InputError: the query heads are no whole number of groups.
+    """
+    heads, group = q.shape[-2], spec.group
+    if heads % group:
+        raise InputError(f"q has {heads} heads, spec {spec.name} has groups of {group} query heads: allowed are multiples of {group}")
+    return heads // group
+
+
+def check(name: str, x: Any, like: Tensor, shape: tuple[int, ...], axes: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+    """Hold argument ``x`` to a shape, and to the device and dtype of ``like`` (or to ``dtypes``).
+
+    Raises:
+        InputError: names the argument, what was given and what is allowed (``axes`` names the shape's sides).
+    """
+    if (
+        isinstance(x, Tensor)
+        and x.shape == shape
+        and (x.dtype == like.dtype if dtypes is None else x.dtype in dtypes)
+        and x.device == like.device
+    ):
+        return
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != len(shape):
+        raise InputError(f"{name} must have {len(shape)} dimensions, {axes} = {_sides(shape)}, got {_shape(x)}")
+    if x.shape != shape:
+        raise InputError(f"{name} must be {axes} = {_sides(shape)}, got {_shape(x)}")
+    if x.device != like.device:
+        raise InputError(f"{name} is on {x.device}, the first argument on {like.device}: all must be on one device")
+    raise InputError(f"{name}.dtype: {allowed(x.dtype, dtypes or (like.dtype,))}" + ("" if dtypes else " (the first argument's)"))
+
+
+def check_heads(name: str, x: Any, heads_query: int, heads: int, spec: Spec) -> None:
+    """Hold the KV heads of ``x [...,Hkv,D]`` to ``heads``, with the group in the message.
+
+    Raises:
+        InputError: another number of heads.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 3 or x.shape[-2] == heads:
+        return
+    given = x.shape[-2]
+    whole = "" if given and heads_query % given == 0 else ", which is no whole group"
+    raise InputError(
+        f"{name} has {given} heads for {heads_query} query heads{whole}; spec {spec.name} has groups of {spec.group}: allowed is {heads}"
+    )
+
+
+def scale_of(scale: float | None, spec: Spec) -> float:
+    """The factor on q·k; default ``Dqk**-0.5``.
+
+    Raises:
+        InputError: not a positive finite number.
+    """
+    if scale is None:
+        return spec.head_dim.qk**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < math.inf):
+        raise InputError(f"scale must be a positive finite number, got {scale!r}")
+    return float(scale)
+
+
+def check_values(cu_seqlens: Tensor | None, total: int, max_seqlen: int) -> None:
+    """Hold the values of ``cu_seqlens`` to the call, where they may be read (see the module's docstring).
+
+    Raises:
+        InputError: does not start at 0, decreases, does not end at ``total``, or a sequence is longer than ``max_seqlen``.
+    """
+    if cu_seqlens is None or (cu_seqlens.is_cuda and not paths.debug()):
+        return
+    cu = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(cu)]
+    shown = f"{cu[:6]}{' ... ' + str(cu[-1]) if len(cu) > 6 else ''}"
+    if cu[0] != 0 or cu[-1] != total or min(lengths, default=0) < 0:
+        raise InputError(f"cu_seqlens must start at 0, not decrease and end at {total} (the number of tokens), got {shown}")
+    if max(lengths, default=0) > max_seqlen:
+        raise InputError(f"max_seqlen: got {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens")
+
+
+def _shape(x: Tensor) -> str:
+    return _sides(tuple(x.shape))
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(str(side) for side in shape) + "]"

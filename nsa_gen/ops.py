@@ -1,0 +1,473 @@
+"""The operators of Native Sparse Attention (arXiv 2502.11089): checked, registered with ``torch.library``, run by tuned kernels.
+
+Tensors come packed (``q [T,Hq,Dqk]``, with ``cu_seqlens`` int32 ``[B+1]`` where there are several sequences) or batched
+(``[B,S,Hq,Dqk]``); results have the same form. ``Hq = G * Hkv`` with the spec's group ``G``; the number of heads may differ from the
+spec's (a tensor-parallel shard). Tensors may be bfloat16, float16 or float32, all of one dtype; the spec's ``dtype`` is what tables are
+tuned for and does not bind a call. Any strides work; what kernels cannot read in place (last dim not contiguous, data not 16-byte aligned,
+strides not multiples of 8 elements) is copied. Arguments that every operator takes:
+
+* ``spec``: a name in ``specs/``, a path, or a ``Spec``. Files are read once a process.
+* ``cu_seqlens``: int32 ``[B+1]`` on the tensors' device, from 0 to T; empty sequences are allowed.
+* ``max_seqlen``: tokens of the longest sequence (an upper bound will do), with ``cu_seqlens`` only. It sizes grids and score buffers and
+  chooses the tuned row; without it T is taken, as reading ``cu_seqlens`` would stall the GPU.
+* ``scale``: factor on q·k, positive; default ``Dqk**-0.5``.
+
+Wrong arguments raise ``InputError`` (``SpecError`` for the spec). Values on the GPU are only checked with ``NSA_GEN_DEBUG=1``. Nothing
+synchronises with the device, so operators can be captured in CUDA graphs; ``torch.compile(fullgraph=True)`` keeps each as one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .branches import _inputs, combine as _combine, compression, selection, sliding  # isort: skip
+from .branches._inputs import SpecLike, Tokens, check, check_heads, numbers
+from .config import Shape
+from .errors import InputError, NSAError
+
+__all__ = ["combine", "compress", "compressed_attention", "nsa_attention", "select_blocks", "selected_attention", "sliding_attention"]
+
+# --- registration ----------------------------------------------------------------------------------------------------------------
+
+#: ``torch.ops.nsa_gen``; a generated package has a namespace of its own.
+NAMESPACE = (__package__ or "nsa_gen").replace(".", "_")
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``<NAMESPACE>::<name>`` and return what calls it.
+
+    ``Library.define`` costs less per call than ``custom_op``, and calls that need no gradient pass below the autograd formula.
+    """
+    _library.define(name + schema)
+
+    def on_device(first: Tensor, *args: Any) -> Any:
+        other = _inputs.on_device_of(first)
+        if other is None:
+            return run(first, *args)
+        with other:
+            return run(first, *args)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, on_device, key)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+
+    def no_backward(ctx: Any, *grads: Any) -> Any:
+        raise NSAError(f"{qualified} has no backward: call it under torch.no_grad(), or on tensors that do not require gradients")
+
+    torch.library.register_autograd(qualified, no_backward, lib=_library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(args)):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    return any(
+        x.requires_grad if isinstance(x, Tensor) else isinstance(x, tuple | list) and _requires_grad(x) for x in args if x is not None
+    )
+
+
+_SEQUENCES = "Tensor? cu_seqlens, str geometry, SymInt batch, SymInt max_seqlen"
+
+_ATTENTION = f"{_SEQUENCES}, float scale) -> (Tensor, Tensor)"
+_compress = _register(
+    "compress",
+    "(Tensor x, Tensor[] weights, Tensor? cu_seqlens, str geometry, str which, SymInt batch, SymInt max_seqlen) -> Tensor",
+    compression.compress_fwd,
+    compression.compress_fake,
+)
+_compressed_attention = _register(
+    "compressed_attention",
+    f"(Tensor q, Tensor k_cmp, Tensor v_cmp, {_ATTENTION}",
+    compression.compressed_attention_fwd,
+    compression.compressed_attention_fake,
+)
+_select_blocks = _register(
+    "select_blocks",
+    f"(Tensor q, Tensor k_cmp, Tensor lse, {_SEQUENCES}, float scale) -> Tensor",
+    selection.select_blocks_fwd,
+    selection.select_blocks_fake,
+)
+_selected_attention = _register(
+    "selected_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_ATTENTION}",
+    selection.selected_attention_fwd,
+    selection.selected_attention_fake,
+)
+_sliding_attention = _register(
+    "sliding_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}",
+    sliding.sliding_attention_fwd,
+    sliding.sliding_attention_fake,
+)
+_combine_op = _register(
+    "combine",
+    "(Tensor o_cmp, Tensor o_slc, Tensor o_swa, Tensor g_cmp, Tensor g_slc, Tensor g_swa) -> Tensor",
+    _combine.combine_fwd,
+    _combine.combine_fake,
+)
+
+
+def _nsa_attention_fwd(
+    q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
+    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The whole forward on packed tensors: ``o`` and, if ``keep``, what a backward needs (else empty tensors, and ``o`` overwrites ``o_cmp``).
+
+    ``k``, ``v`` have one tensor, or three: (compressed, selected, sliding). Returns ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa,
+    block_indices, k_cmp, v_cmp``; the last two are empty where they were given.
+    """
+    sequences = (cu_seqlens, geometry, batch, max_seqlen, scale)
+    given_k, given_v = k_cmp is not None, v_cmp is not None
+    q = _inputs.ready(q)
+    if k_cmp is None:
+        k_cmp = compression.compress_fwd(k[0], phi_k, cu_seqlens, geometry, "k", batch, max_seqlen)
+    if v_cmp is None:
+        v_cmp = compression.compress_fwd(v[0], phi_v, cu_seqlens, geometry, "v", batch, max_seqlen)
+    k_slc, k_swa = map(_inputs.ready, k[1:]) if len(k) == 3 else [_inputs.ready(k[0])] * 2
+    v_slc, v_swa = map(_inputs.ready, v[1:]) if len(v) == 3 else [_inputs.ready(v[0])] * 2
+    o_cmp, lse_cmp = compression.compressed_attention_fwd(q, k_cmp, v_cmp, *sequences)
+    block_indices = selection.select_blocks_fwd(q, k_cmp, lse_cmp, *sequences)
+    o_slc, lse_slc = selection.selected_attention_fwd(q, k_slc, v_slc, block_indices, *sequences)
+    o_swa, lse_swa = sliding.sliding_attention_fwd(q, k_swa, v_swa, *sequences)
+    shape = Shape(max_seqlen, batch * k_slc.shape[1])
+    o = _combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, shape, None if keep else o_cmp)
+    if not keep:
+        return (o, *(q.new_empty(0) for _ in range(9)))
+    kept_cmp = (q.new_empty(0) if given_k else k_cmp, q.new_empty(0) if given_v else v_cmp)
+    return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, *kept_cmp
+
+
+def _nsa_attention_fake(
+    q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
+    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    o, lse = compression.attention_fake(q, v[-1])
+    if not keep:
+        return (o, *(q.new_empty(0) for _ in range(9)))
+    g = numbers(geometry)
+    block_indices = q.new_empty((q.shape[0], k[0].shape[1], g.count), dtype=torch.int32)
+    rows = compression.rows_of(q.shape[0], g.stride)
+    made = [q.new_empty(0) if given is not None else x[0].new_empty((rows, *x[0].shape[1:])) for given, x in ((k_cmp, k), (v_cmp, v))]
+    return o, *(torch.empty_like(o) for _ in range(3)), lse, *(torch.empty_like(lse) for _ in range(2)), block_indices, *made
+
+
+_nsa_attention = _register(
+    "nsa_attention_fwd",
+    "(Tensor q, Tensor[] k, Tensor[] v, Tensor g_cmp, Tensor g_slc, Tensor g_swa, Tensor[] phi_k, Tensor[] phi_v, Tensor? k_cmp, "
+    f"Tensor? v_cmp, {_SEQUENCES}, float scale, bool keep) -> ({', '.join(['Tensor'] * 10)})",
+    _nsa_attention_fwd,
+    _nsa_attention_fake,
+)
+
+# --- what users call -------------------------------------------------------------------------------------------------------------
+
+Branches = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    g_cmp: Tensor,
+    g_slc: Tensor,
+    g_swa: Tensor,
+    *,
+    spec: SpecLike,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    phi_k: Sequence[Tensor] = (),
+    phi_v: Sequence[Tensor] = (),
+    k_cmp: Tensor | None = None,
+    v_cmp: Tensor | None = None,
+) -> Tensor:
+    """Native Sparse Attention, whole (paper eqs. 5-12): ``g_cmp*o_cmp + g_slc*o_slc + g_swa*o_swa``.
+
+    Args:
+        q: ``[T,Hq,Dqk]`` or ``[B,S,Hq,Dqk]``.
+        k: ``[T,Hkv,Dqk]`` (or batched), or three of these for the compressed, selected and sliding branch (paper section 3.3.3).
+        v: ``[T,Hkv,Dv]`` (or batched), or three.
+        g_cmp, g_slc, g_swa: ``[T,Hq]`` (or ``[B,S,Hq]``), already through their sigmoid; in q's dtype or float32, NaN passes through.
+        spec, cu_seqlens, max_seqlen, scale: see the module.
+        phi_k, phi_v: weights of φ for keys and values, see :func:`compress`.
+        k_cmp, v_cmp: compressed keys and values made by other means, both or neither, laid out as :func:`compress` does; φ is then
+            skipped and its weights must be left out.
+
+    Returns:
+        ``[T,Hq,Dv]`` (or ``[B,S,Hq,Dv]``) in q's dtype.
+
+    Raises:
+        InputError: a wrong argument; the message names it, what was given and what is allowed.
+        SpecError: no such spec, or a broken one.
+        NotTuned: ``NSA_GEN_STRICT=1`` and no exact tuned row.
+    """
+    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    k, v = _three("k", k), _three("v", v)
+    for name, given, dim, axes in (("k", k, spec.head_dim.qk, "[..., Hkv, Dqk]"), ("v", v, spec.head_dim.v, "[..., Hkv, Dv]")):
+        for x in given:
+            _check_kv(name, x, q, tokens, heads, dim, spec, axes)
+    lead = tokens.lead()
+    for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
+        check(name, gate, q, (*lead, q.shape[-2]), "[..., Hq]", (q.dtype, torch.float32))
+    if (k_cmp is None) != (v_cmp is None):
+        raise InputError(f"k_cmp and v_cmp go together, got {'v_cmp' if k_cmp is None else 'k_cmp'} only")
+    if k_cmp is not None:
+        if len(phi_k) or len(phi_v):
+            raise InputError("phi_k and phi_v are weights of φ, which k_cmp and v_cmp skip: give one or the other")
+        _check_compressed(q, tokens, heads, spec, k_cmp=k_cmp, v_cmp=v_cmp)
+    else:
+        compression.check_weights("phi_k", phi_k, k[0], spec)
+        compression.check_weights("phi_v", phi_v, v[0], spec)
+    gates = (g_cmp, g_slc, g_swa)
+    tensors = (q, *k, *v, *gates, *phi_k, *phi_v, *((k_cmp, v_cmp) if k_cmp is not None else ()))
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    pack = tokens.pack
+    found = _nsa_attention(
+        pack(q), [pack(x) for x in k], [pack(x) for x in v], *(pack(g) for g in gates), list(phi_k), list(phi_v), k_cmp, v_cmp,
+        cu_seqlens, _inputs.geometry_of(spec), tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, spec), keep,
+    )  # fmt: skip
+    return tokens.unpack(found[0])
+
+
+def compress(
+    x: Tensor,
+    weights: Sequence[Tensor] = (),
+    *,
+    spec: SpecLike,
+    which: str = "k",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Compressed keys or values: token ``j`` of a sequence is φ(x[j*d : j*d + l]) (paper eq. 7).
+
+    Args:
+        x: ``[T,Hkv,D]`` or ``[B,S,Hkv,D]``, ``D`` that of ``which``.
+        weights: of φ, per KV head, in x's dtype. mean ``()``; weighted ``(weight [Hkv,l],)``; linear ``(weight [Hkv,l*D,D],)``; mlp
+            ``(w1 [Hkv,l*D,hidden], b1 [Hkv,hidden], w2 [Hkv,hidden,D], b2 [Hkv,D], pos [Hkv,l,D])``:
+            ``gelu((x + pos).flatten() @ w1 + b1) @ w2 + b2`` with the exact GELU.
+        which: ``k`` or ``v``: whose head dim x has.
+        spec, cu_seqlens, max_seqlen: see the module.
+
+    Returns:
+        ``[max(T//d,1),Hkv,D]``, packed also for a batched call. The compressed tokens of sequence ``b`` start at row
+        ``cu_seqlens[b] // d`` (``b*S // d``); rows between sequences are zero.
+
+    Raises:
+        InputError, SpecError, NotTuned: as :func:`nsa_attention`.
+    """
+    if which not in ("k", "v"):
+        raise InputError(f"which must be 'k' or 'v', got {which!r}")
+    spec = _inputs.spec_of(spec)
+    tokens = _inputs.tokens_of("x", x, cu_seqlens, max_seqlen)
+    dim = spec.head_dim.qk if which == "k" else spec.head_dim.v
+    check("x", x, x, (*x.shape[:-1], dim), f"[..., Hkv, {'Dqk' if which == 'k' else 'Dv'}]")
+    compression.check_weights("weights", weights, x, spec)
+    geometry = _inputs.geometry_of(spec)
+    return _compress(tokens.pack(x), list(weights), cu_seqlens, geometry, which, tokens.batch, tokens.max_seqlen)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    *,
+    spec: SpecLike,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query ``t`` to the compressed tokens ``j`` with ``j*d + l - 1 <= t`` (paper eq. 8).
+
+    Args:
+        q: ``[T,Hq,Dqk]`` or ``[B,S,Hq,Dqk]``.
+        k_cmp, v_cmp: ``[max(T//d,1),Hkv,Dqk]`` and ``[max(T//d,1),Hkv,Dv]``, laid out as by :func:`compress`; rows between sequences
+            are never used.
+        spec, cu_seqlens, max_seqlen, scale: see the module.
+
+    Returns:
+        ``o [T,Hq,Dv]`` and the natural-log ``lse [T,Hq]`` in float32 (or batched). A query that sees no token has 0 and -inf.
+
+    Raises:
+        InputError, SpecError, NotTuned: as :func:`nsa_attention`.
+    """
+    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_compressed(q, tokens, heads, spec, k_cmp=k_cmp, v_cmp=v_cmp)
+    return _unpacked(tokens, _compressed_attention(tokens.pack(q), k_cmp, v_cmp, *_tail(tokens, spec, scale)))
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    spec: SpecLike,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The ``n`` blocks each query reads: the initial and local ones, then those of most importance (paper eqs. 9-11).
+
+    Importance is the softmax of :func:`compressed_attention` mapped to selection blocks and summed over a group's heads, in float32; ties
+    go to the smaller index. Its scores are made for as many queries at a time as fit in the workspace (``NSA_GEN_WORKSPACE``).
+
+    Args:
+        q: ``[T,Hq,Dqk]`` or ``[B,S,Hq,Dqk]``.
+        k_cmp: ``[max(T//d,1),Hkv,Dqk]``.
+        lse: ``[T,Hq]`` float32 (or batched) of :func:`compressed_attention` with the same ``q``, ``k_cmp`` and ``scale``.
+        spec, cu_seqlens, max_seqlen, scale: see the module.
+
+    Returns:
+        ``block_indices`` int32 ``[T,Hkv,n]`` (or batched): ascending, distinct, -1 last. No gradient flows through it.
+
+    Raises:
+        InputError, SpecError, NotTuned: as :func:`nsa_attention`.
+    """
+    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_compressed(q, tokens, heads, spec, k_cmp=k_cmp)
+    check("lse", lse, q, q.shape[:-1], "[..., Hq]", (torch.float32,))
+    args = (tokens.pack(q).detach(), k_cmp.detach(), tokens.pack(lse).detach())
+    return tokens.unpack(_select_blocks(*args, *_tail(tokens, spec, scale)))
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    spec: SpecLike,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query ``t`` to the tokens ``s <= t`` of its chosen blocks (paper eq. 12).
+
+    Args:
+        q: ``[T,Hq,Dqk]`` or ``[B,S,Hq,Dqk]``.
+        k, v: ``[T,Hkv,Dqk]`` and ``[T,Hkv,Dv]`` (or batched).
+        block_indices: int32 ``[T,Hkv,n]`` (or batched): ascending, distinct, -1 last, none past the query's own block. The forced blocks
+            need not be among them.
+        spec, cu_seqlens, max_seqlen, scale: see the module.
+
+    Returns:
+        ``o [T,Hq,Dv]`` and the natural-log ``lse [T,Hq]`` in float32 (or batched).
+
+    Raises:
+        InputError, SpecError, NotTuned: as :func:`nsa_attention`.
+    """
+    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_kv("k", k, q, tokens, heads, spec.head_dim.qk, spec, "[..., Hkv, Dqk]")
+    _check_kv("v", v, q, tokens, heads, spec.head_dim.v, spec, "[..., Hkv, Dv]")
+    check("block_indices", block_indices, q, (*tokens.lead(), heads, spec.selection.count), "[..., Hkv, n]", (torch.int32,))
+    pack = tokens.pack
+    return _unpacked(tokens, _selected_attention(pack(q), pack(k), pack(v), pack(block_indices), *_tail(tokens, spec, scale)))
+
+
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    spec: SpecLike,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query ``t`` to the tokens ``t - window < s <= t`` (paper section 3.3.3): ``window`` keys, itself included.
+
+    Args:
+        q: ``[T,Hq,Dqk]`` or ``[B,S,Hq,Dqk]``.
+        k, v: ``[T,Hkv,Dqk]`` and ``[T,Hkv,Dv]`` (or batched).
+        spec, cu_seqlens, max_seqlen, scale: see the module.
+
+    Returns:
+        ``o [T,Hq,Dv]`` and the natural-log ``lse [T,Hq]`` in float32 (or batched).
+
+    Raises:
+        InputError, SpecError, NotTuned: as :func:`nsa_attention`.
+    """
+    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_kv("k", k, q, tokens, heads, spec.head_dim.qk, spec, "[..., Hkv, Dqk]")
+    _check_kv("v", v, q, tokens, heads, spec.head_dim.v, spec, "[..., Hkv, Dv]")
+    pack = tokens.pack
+    return _unpacked(tokens, _sliding_attention(pack(q), pack(k), pack(v), *_tail(tokens, spec, scale)))
+
+
+def combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor) -> Tensor:
+    """``g_cmp*o_cmp + g_slc*o_slc + g_swa*o_swa``, in float32 (paper eq. 5).
+
+    Args:
+        o_cmp, o_slc, o_swa: ``[T,Hq,Dv]`` or ``[B,S,Hq,Dv]``, ``Dv`` a multiple of 16 from 16 to 256.
+        g_cmp, g_slc, g_swa: ``[T,Hq]`` (or ``[B,S,Hq]``), already through their sigmoid; in the outputs' dtype or float32,
+            NaN passes through.
+
+    Returns:
+        ``[T,Hq,Dv]`` (or batched), in the branches' dtype.
+
+    Raises:
+        InputError, NotTuned: as :func:`nsa_attention`.
+    """
+    tokens = _inputs.tokens_of("o_cmp", o_cmp, None, None)
+    dim = o_cmp.shape[-1]
+    if dim % 16 or not 16 <= dim <= 256:
+        raise InputError(f"o_cmp must have a head dim that is a multiple of 16 from 16 to 256, got {dim}")
+    for name, x in (("o_slc", o_slc), ("o_swa", o_swa)):
+        check(name, x, o_cmp, o_cmp.shape, "[..., Hq, Dv]")
+    for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
+        check(name, gate, o_cmp, o_cmp.shape[:-1], "[..., Hq]", (o_cmp.dtype, torch.float32))
+    return tokens.unpack(_combine_op(*map(tokens.pack, (o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa))))
+
+
+# --- what they share -------------------------------------------------------------------------------------------------------------
+
+
+def _begin(q: Tensor, spec: SpecLike, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[Any, Tokens, int]:
+    """The Spec, the sequences, and the number of KV heads of a call with queries ``q``."""
+    spec = _inputs.spec_of(spec)
+    tokens = _inputs.tokens_of("q", q, cu_seqlens, max_seqlen)
+    check("q", q, q, (*q.shape[:-1], spec.head_dim.qk), "[..., Hq, Dqk]")
+    return spec, tokens, _inputs.query_heads(q, spec)
+
+
+def _tail(tokens: Tokens, spec: Any, scale: float | None) -> tuple[Any, ...]:
+    return tokens.cu_seqlens, _inputs.geometry_of(spec), tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, spec)
+
+
+def _unpacked(tokens: Tokens, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return tokens.unpack(found[0]), tokens.unpack(found[1])
+
+
+def _three(name: str, given: Any) -> tuple[Any, ...]:
+    """One tensor, or three: (compressed, selected, sliding)."""
+    if isinstance(given, tuple | list):
+        if len(given) != 3:
+            raise InputError(f"{name} must be a tensor, or three for the compressed, selected and sliding branch; got {len(given)}")
+        return tuple(given)
+    return (given,)
+
+
+def _check_kv(name: str, x: Any, q: Tensor, tokens: Tokens, heads: int, dim: int, spec: Any, axes: str) -> None:
+    check_heads(name, x, q.shape[-2], heads, spec)
+    check(name, x, q, (*tokens.lead(), heads, dim), axes)
+
+
+def _check_compressed(q: Tensor, tokens: Tokens, heads: int, spec: Any, **given: Any) -> None:
+    rows = compression.rows_of(tokens.total, spec.compression.stride)
+    for name, x in given.items():
+        check_heads(name, x, q.shape[-2], heads, spec)
+        dim = spec.head_dim.qk if name == "k_cmp" else spec.head_dim.v
+        check(name, x, q, (rows, heads, dim), f"[max(T//{spec.compression.stride}, 1), Hkv, {'Dqk' if name == 'k_cmp' else 'Dv'}]")
