@@ -177,6 +177,8 @@ def _selected_default(p: Problem) -> dict[str, Value]:
 def _selected_illegal(p: Problem, c: Config) -> str | None:
     if c.loop == "query_outer" and c.operands == "keys" and c.num_warps * 16 > max(p.selection_block, 16):
         return f"{c.num_warps} warps on a block of {p.selection_block} keys leave warps without rows"
+    if c.loop == "query_outer" and c.operands == "keys" and c.num_stages == 1:
+        return "keys on the rows without a pipeline: Triton 3.6 makes code for sm_90 that accesses memory illegally"
     if c.loop == "kv_outer" and c.gather_registers is not None and c.gather_warps * 32 * c.gather_registers > 65536:
         return "more registers than a multiprocessor has"
     return None
@@ -243,8 +245,10 @@ def _compressed_default(p: Problem, wgmma: bool) -> dict[str, Value]:
     large = p.dtype == "float32" or max(p.head_dim_qk, p.head_dim_v) > 128
     if wgmma and not large:
         return {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    if large:
+        return {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     # Without wgmma q lives in registers: more warps, fewer keys a step.
-    return {"loads": "pointer", "BLOCK_M": 64 if large else 128, "BLOCK_N": 32, "num_warps": 4 if large else 8, "num_stages": 1 if large else 3}
+    return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _compressed_illegal(p: Problem, c: Config) -> str | None:
@@ -287,7 +291,7 @@ def _importance_default(p: Problem, wgmma: bool) -> dict[str, Value]:
 
 
 def _importance_illegal(p: Problem, c: Config) -> str | None:
-    if c.BLOCK_K < _key_tile(p, 64):
+    if _key_tile(p, 64) > c.BLOCK_K:
         return f"a tile of {c.BLOCK_K} compressed keys holds no selection block of {p.selection_block} tokens beside its halo"
     if c.BLOCK_T * c.BLOCK_K // c.num_warps > 64 * 128 // 4:
         return "two score tiles need more registers than the warps have"
@@ -331,19 +335,19 @@ SPACES["compress_fwd"] = Space(
         Knob("num_warps", (2, 4, 8)),
         Knob("num_stages", (1, 2, 3, 4), {"body": ("gemm",)}),
     ),
-    defaults={"": lambda p: _compress_default(p)},
+    defaults={"": lambda p: _compress_default(p, warps=4), "sm_100": lambda p: _compress_default(p, warps=8)},
     safe=lambda p: _compress_safe(p),
     illegal=lambda p, c: _compress_illegal(p, c),
 )
 
 
-def _compress_default(p: Problem) -> dict[str, Value]:
+def _compress_default(p: Problem, warps: int) -> dict[str, Value]:
     if p.pooling in ("mean", "weighted") or p.dtype == "float32":
         return _compress_safe(p)
     step = min(p.head_dim & -p.head_dim, 64)
     width = p.hidden if p.pooling == "mlp" else p.head_dim
     columns = next(n for n in (32, 64, 128) if n >= width or n == 128)
-    return {"body": "gemm", "BLOCK_J": 64, "BLOCK_N": columns, "BLOCK_K": step, "num_warps": 4, "num_stages": 3}
+    return {"body": "gemm", "BLOCK_J": 64, "BLOCK_N": columns, "BLOCK_K": step, "num_warps": warps, "num_stages": 3}
 
 
 def _compress_safe(p: Problem) -> dict[str, Value]:

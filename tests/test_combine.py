@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import re
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
 
-from nsa_gen import inputs, launch, loader, paths, render, space
+from nsa_gen import inputs, loader, paths, render, space
 from nsa_gen.config import Problem
 from nsa_gen.errors import ConfigError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1")
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces what is compiled")
 
 
 def problem(dtype="float32", v=16) -> Problem:
@@ -112,41 +112,41 @@ def test_rendered_is_python():
         ast.parse(render.render(problem(v=v), space.safe(problem(v=v))).text)
 
 
-@compiles
-def test_gate_dtypes_are_separate_binaries():
-    """bf16 and fp32 gates must not share a compiled kernel."""
-    p = problem(dtype="bfloat16", v=128)
-    module, case = module_of(p), make(p, device="meta")
-    with launch.recording() as jobs:
-        case.run(module)
-        case.tensors["g_slc"] = case.tensors["g_slc"].float()
-        case.run(module)
-    assert [job.signature["g_slc_ptr"] for job in jobs] == ["*bf16", "*fp32"]
-    assert jobs[0].constants != jobs[1].constants
+COMPILE = """
+import json
+from triton.backends.compiler import GPUTarget
+
+from nsa_gen import inputs, launch, loader, render, space
+from nsa_gen.config import Problem
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+p = Problem.of("combine_fwd", {"dtype": "bfloat16", "head_dim_v": 128})
+case = inputs.case(p, seqlens=(1000,), heads_kv=1, heads_query=64, device="meta")
+found = {}
+for arch, target in TARGETS.items():
+    module = loader.load(render.render(p, space.default(p, arch)))
+    (resources,) = loader.compile_all(lambda: case.run(module), target)
+    found[arch] = [resources.registers, resources.spills]
+module = loader.load(render.render(p, space.default(p, "sm_90")))
+with launch.recording() as jobs:
+    case.run(module)
+    case.tensors["g_slc"] = case.tensors["g_slc"].float()
+    case.run(module)
+ptx = launch.compile_job(jobs[0], TARGETS["sm_90"]).asm["ptx"]
+gates = [job.signature["g_slc_ptr"] for job in jobs]
+print(json.dumps([found, ptx, gates, jobs[0].constants != jobs[1].constants]))
+"""
 
 
-@compiles
-@pytest.mark.parametrize(
-    "target",
-    [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("cuda", 120, 32), GPUTarget("hip", "gfx942", 64)],
-    ids=lambda t: str(t.arch),
-)
-def test_compiles(target):
-    p = problem(dtype="bfloat16", v=128)
-    case = make(p, 1000, 64, device="meta")
-    module = loader.load(render.render(p, space.default(p, f"sm_{target.arch}")))
-    (found,) = loader.compile_all(lambda: case.run(module), target)
-    assert not found.spills
-    assert found.registers is None or found.registers <= 128
-
-
-@compiles
-def test_loads_are_wide():
-    """16 bytes a thread and instruction, for the contiguous and the strided case alike: the same binary serves both."""
-    p = problem(dtype="bfloat16", v=128)
-    case = make(p, 1000, 64, device="meta")
-    with launch.recording() as jobs:
-        case.run(loader.load(render.render(p, space.default(p, "sm_90"))))
-    ptx = launch.compile_job(jobs[0], GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "v4.b32" in ptx
-    assert ptx.count("st.global") == ptx.count("st.global.L1::evict_first.v4")
+@pytest.mark.compile
+def test_compiles(compiled_python):
+    """No spills on any arch; 16-byte accesses at any stride; bf16 and fp32 gates do not share a binary."""
+    found, ptx, gates, apart = json.loads(compiled_python(COMPILE))
+    for arch, (registers, spills) in found.items():
+        assert not spills, arch
+        assert registers is None or registers <= 128, arch
+    stores = re.findall(r"st\.global\S*", ptx)
+    assert stores and all(store.endswith(".v4.b32") for store in stores)
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 3 * len(stores)
+    assert gates == ["*bf16", "*fp32"] and apart

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
 
 from nsa_gen import inputs, loader, paths, render, space
 from nsa_gen.config import Config, Problem
@@ -16,7 +16,6 @@ from nsa_gen.errors import ConfigError
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1")
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces what is compiled")
 RAGGED = (0, 37, 1, 66, 0, 15)
 
 
@@ -148,23 +147,36 @@ def test_rendered_is_python(mask):
             ast.parse(render.render(p, config(p, mask=mask), debug=debug).text)
 
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+COMPILE = """
+import json
+from triton.backends.compiler import GPUTarget
 
+from nsa_gen import inputs, launch, loader, render, space
+from nsa_gen.config import Problem
 
-@compiles
-@pytest.mark.parametrize("arch", TARGETS)
-def test_compiles(arch):
-    """The default config fits the arch without spilling registers."""
-    p = problem(dtype="bfloat16", group=16, qk=128, v=128, window=512)
-    case = inputs.case(p, seqlens=(1000, 24), heads_kv=4, device="meta")
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "window": 512, "varlen": True}
+p = Problem.of("sliding_attention_fwd", key)
+case = inputs.case(p, seqlens=(1000, 24), heads_kv=4, device="meta")
+found = {}
+for arch, target in TARGETS.items():
     module = loader.load(render.render(p, space.default(p, arch)))
-    (found,) = loader.compile_all(lambda: case.run(module), TARGETS[arch])
-    assert found.shared <= SHARED[arch]
-    assert not found.spills
+    (resources,) = loader.compile_all(lambda: case.run(module), target)
+    found[arch] = [resources.shared, resources.spills]
+with launch.recording() as jobs:
+    case.run(loader.load(render.render(p, space.default(p, "sm_90"))))
+found["ptx"] = launch.compile_job(jobs[0], TARGETS["sm_90"]).asm["ptx"].count("wgmma.mma_async")
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.compile
+def test_compiles(compiled_python):
+    """The default config fits every arch without spilling registers, and uses the warpgroup tensor cores where there are some."""
+    found = json.loads(compiled_python(COMPILE))
+    assert found.pop("ptx") > 0
+    for arch, (shared, spills) in found.items():
+        assert shared <= SHARED[arch], arch
+        assert not spills, arch
