@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nsa_gen"
 FLOORS = (
     ("errors", "paths", "timing", "launch"),
     ("geometry", "spec", "config", "device"),
-    ("render", "space", "row", "table", "lookup", "reference", "acceptance", "inputs"),
+    ("render", "space", "row", "table", "lookup", "reference", "acceptance", "values", "inputs"),
     ("loader", "precompile"),
     ("kernels",),
     ("branches",),
