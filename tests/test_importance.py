@@ -118,7 +118,7 @@ def test_weights_of_one_certain_key(mapping):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{"BLOCK_T": 64}, {"BLOCK_T": 128, "num_stages": 2}, {"BLOCK_K": 128}, {"BLOCK_K": 256, "num_warps": 8}])
+@pytest.mark.parametrize("changes", [{"BLOCK_T": 64}, {"BLOCK_T": 128, "num_warps": 8}, {"BLOCK_K": 128}, {"BLOCK_K": 256, "num_warps": 8}])
 def test_configs_do_not_change_results(changes):
     """Several key tiles with their halo."""
     p = problem(block=8, stride=4, selection_block=16)
@@ -159,7 +159,7 @@ def test_every_legal_key_tile_owns_a_block():
             space.check(p, space.safe(p))
             for c in space.candidates(p):
                 assert c.BLOCK_K // (selection_block // stride) >= lags
-                assert f'"HALO": _HALO' in (text := render.render(p, c).text) and f"_HALO = {lags - 1}\n" in text
+                assert f"_HALO = {lags - 1}\n" in render.render(p, c).text
 
 
 def test_illegal_configs():

@@ -1,0 +1,161 @@
+"""Selection of blocks: exact equality with the reference, ties and odd values included."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from nsa_gen import loader, reference, render, space
+from nsa_gen.config import Config, Problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1")
+RAGGED = (0, 19, 1, 9, 0, 2)
+CONFIGS = [
+    {},
+    {"BLOCK_ROWS": 4},
+    {"method": "stream", "SEGMENT": 256},
+    {"method": "stream", "SEGMENT": 256, "BLOCK_ROWS": 2, "num_warps": 4},
+]
+
+
+def problem(block=2, count=4, initial=1, local=2, varlen=True) -> Problem:
+    return Problem.of("select_topk", dict(selection_block=block, count=count, initial=initial, local=local, varlen=varlen))
+
+
+def config(**changes) -> Config:
+    chosen = {"method": "resident", "BLOCK_ROWS": 1, "num_warps": 1} | changes
+    return Config.of("select_topk", chosen if chosen["method"] == "stream" else {"maxnreg": None} | chosen)
+
+
+def select(p: Problem, c: Config, scores: torch.Tensor, seqlens, chunks=1) -> torch.Tensor:
+    """Run on scores [T,Hkv,NB] in chunks of tokens; the output is -7 where nothing was written."""
+    space.check(p, c)
+    tokens, heads, _ = scores.shape
+    starts = [sum(seqlens[:b]) for b in range(len(seqlens) + 1)]
+    cu = torch.tensor(starts, dtype=torch.int32, device=DEVICE) if p.varlen else None
+    found = torch.full((tokens, heads, p.count), -7, dtype=torch.int32, device=DEVICE)
+    module = loader.load(render.render(p, c))
+    step = -(-tokens // chunks)
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        module.select_topk(scores[first:last].contiguous(), found, first, last, cu, len(seqlens), max(seqlens))
+    return found
+
+
+def expected(p: Problem, scores: torch.Tensor, seqlens) -> torch.Tensor:
+    starts = [sum(seqlens[:b]) for b in range(len(seqlens) + 1)]
+    return reference.select_blocks(scores, p.selection_block, p.count, p.initial, p.local, starts)
+
+
+def random_scores(p: Problem, seqlens, heads=1, kind="random") -> torch.Tensor:
+    """Scores whose undefined columns hold NaN."""
+    torch.manual_seed(0)
+    shape = sum(seqlens), heads, -(-max(seqlens) // p.selection_block)
+    scores = torch.randn(shape, device=DEVICE)
+    if kind == "probabilities":
+        scores = torch.exp(4 * scores - 30)
+    elif kind == "ties":
+        scores = (2 * scores).round()  # among them 0.0 and -0.0, which tie
+    elif kind == "equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "adjacent":  # neighbouring floats: no bit may be lost
+        scores = (torch.randint(0, 5, shape, device=DEVICE, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+    elif kind == "extreme":
+        values = torch.tensor([-float("inf"), 3.4e38, -3.4e38, 1e-45, -1e-45, 0.0, -0.0, 1.0], device=DEVICE)
+        scores = values[torch.randint(0, len(values), shape, device=DEVICE)]
+    position = torch.cat([torch.arange(length, device=DEVICE) for length in seqlens])
+    future = torch.arange(shape[2], device=DEVICE) > (position // p.selection_block)[:, None]
+    return scores.masked_fill(future[:, None], float("nan"))
+
+
+@runs
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, CONFIGS[i % 4]) for i, kind in enumerate(("random", "probabilities", "ties", "equal", "adjacent", "extreme"))]
+    + [(kind, CONFIGS[(i + 2) % 4]) for i, kind in enumerate(("random", "probabilities", "ties", "equal", "adjacent", "extreme"))],
+)
+def test_equals_the_reference(kind, changes):
+    p = problem()
+    scores = random_scores(p, RAGGED, kind=kind)
+    assert torch.equal(select(p, config(**changes), scores, RAGGED), expected(p, scores, RAGGED))
+
+
+@runs
+@pytest.mark.parametrize(("count", "initial", "local"), [(1, 0, 1), (1, 0, 0), (3, 1, 2), (5, 0, 1), (7, 3, 0), (16, 1, 2)])
+def test_counts(count, initial, local):
+    p = problem(1, count, initial, local)
+    scores = random_scores(p, (21, 3))
+    assert torch.equal(select(p, config(BLOCK_ROWS=4), scores, (21, 3)), expected(p, scores, (21, 3)))
+
+
+@runs
+@pytest.mark.parametrize("changes", [{}, {"BLOCK_ROWS": 2, "num_warps": 4}, {"method": "stream", "SEGMENT": 256}])
+def test_long_rows(changes):
+    """Rows of 1500 blocks: all widths of the resident method, several segments of the streaming one."""
+    p = problem(1, 16, varlen=False)
+    seqlen = 1500
+    scores = random_scores(p, (seqlen,), kind="probabilities")
+    want = reference.select_blocks(scores, 1, 16, 1, 2)
+    module = loader.load(render.render(p, config(**changes)))
+    found = torch.full((seqlen, 1, 16), -7, dtype=torch.int32, device=DEVICE)
+    for first in (510, 1020, seqlen - 4):
+        module.select_topk(scores[first : first + 4], found, first, first + 4, None, 1, seqlen)
+        assert torch.equal(found[first : first + 4], want[first : first + 4])
+        assert (found[first + 4 :] == -7).all()
+
+
+@runs
+def test_widest_rows():
+    """16384 blocks (a million tokens in blocks of 64) and more: the widest resident rows, and rows that only stream."""
+    for blocks, kind, changes in ((16384, "random", {}), (16384, "equal", {"BLOCK_ROWS": 4}), (70000, "equal", {}), (70000, "random", {})):
+        p, seqlen = problem(1, 16, varlen=False), blocks
+        torch.manual_seed(0)
+        scores = torch.randn(3, 1, blocks, device=DEVICE) if kind == "random" else torch.zeros(3, 1, blocks, device=DEVICE)
+        found = torch.full((seqlen, 1, 16), -7, dtype=torch.int32, device=DEVICE)
+        loader.load(render.render(p, config(**changes))).select_topk(scores, found, seqlen - 3, seqlen, None, 1, seqlen)
+        rest = scores[:, 0, 1:-2]
+        best = rest.sort(dim=1, descending=True, stable=True).indices[:, :13] + 1
+        forced = torch.tensor([0, blocks - 2, blocks - 1], device=DEVICE).expand(3, 3)
+        want = torch.cat([forced, best], 1).sort(1).values
+        assert torch.equal(found[-3:, 0].long(), want)
+        assert (found[:-3] == -7).all()
+
+
+@runs
+@pytest.mark.parametrize("changes", CONFIGS[:3:2])
+def test_nan_scores_give_valid_indices(changes):
+    p = problem()
+    scores = random_scores(p, RAGGED)
+    scores[::3] = float("nan")
+    scores[1::3, :, ::2] = float("nan")
+    found = select(p, config(**changes), scores, RAGGED)
+    clean = torch.where(scores.isnan(), -float("inf"), scores)
+    assert torch.equal(found, expected(p, clean, RAGGED))
+    found = select(p, config(**changes), torch.full_like(scores, float("inf")), RAGGED)
+    assert torch.equal(found, expected(p, torch.zeros_like(scores), RAGGED)), "forced blocks are chosen beside any score"
+
+
+@runs
+def test_chunks():
+    p = problem()
+    scores = random_scores(p, RAGGED)
+    assert torch.equal(select(p, config(BLOCK_ROWS=4), scores, RAGGED, chunks=5), expected(p, scores, RAGGED))
+
+
+@runs
+def test_fixed_lengths_and_heads():
+    p = problem(varlen=False)
+    scores = random_scores(p, (45, 45), heads=2)
+    assert torch.equal(select(p, config(), scores, (45, 45)), expected(p, scores, (45, 45)))
+
+
+def test_configs_are_legal():
+    p = problem()
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        space.check(p, space.default(p, arch))
+    space.check(p, space.safe(p))
+    assert space.size(p) == 3 * 4 * (4 + 4)
