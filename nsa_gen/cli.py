@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import console
+from . import console, paths
 from .errors import ConfigError, InputError, NSAError, SpecError, TableError, TargetError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ Seqlens = Annotated[list[str] | None, typer.Option("--seqlen", "-n", help="Seque
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit. ``argv`` defaults to the process's arguments."""
-    debug = os.environ.get("NSA_GEN_DEBUG", "0") not in ("", "0")
+    debug = paths.debug()
     try:
         app(args=list(argv) if argv is not None else None, prog_name="nsa-gen")
     except NSAError as error:
@@ -286,8 +285,6 @@ def bench(
     else:
         console.print_table(*benchmark.rows(result), title=benchmark.title(result))
         if json_file:
-            from . import paths
-
             paths.write_atomic(json_file, json.dumps(result, indent=1, sort_keys=True) + "\n")
     if plot:
         benchmark.plot(result, plot)
@@ -372,7 +369,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """What tuning gained over the defaults, from the tables: speed-up with its interval, row by row, as Markdown."""
-    from . import paths, tables
+    from . import tables
 
     found = tables.load(where)
     if plot:

@@ -155,6 +155,15 @@ def _summary(spec: Spec) -> str:
 
 
 def _literal(value: Any) -> str:
+    """Python source of plain values, on one line, strings in double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_literal, value)) + ("," if len(value) == 1 else "") + ")"
     return repr(value)
 
 
@@ -175,14 +184,14 @@ def _manifest(package: Package, version: str) -> str:
 
 
 def vendored() -> list[str]:
-    """Names (``branches/sliding`` …) of the modules a package copies: ``ops`` and all it imports from nsa_gen, without ``kernels``.
+    """Names (``branches/sliding`` …) of the modules a package copies: ``ops``, ``launch`` and all they import from nsa_gen, without ``kernels``.
 
     Raises:
         RenderError: the run-time path reaches a module that needs the generator.
     """
     root = Path(__file__).parent
     found: set[str] = set()
-    queue = ["ops"]
+    queue = ["ops", "launch"]
     while queue:
         name = queue.pop()
         path = root / f"{name}.py"
