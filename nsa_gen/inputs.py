@@ -20,10 +20,7 @@ from . import paths, reference
 from .acceptance import Check, check_floats, check_indices, check_scores, selection_agrees
 from .config import Problem
 from .errors import InputError, allowed
-
-#: What values the inputs take. ``ties``: few distinct keys or scores; ``equal``: all logits or scores the same; ``huge``: logits up to
-#: about 80 in size; ``peaky``: a few keys or blocks hold nearly all the weight.
-KINDS = ("random", "ties", "equal", "huge", "peaky")
+from .values import KINDS, Values
 
 __all__ = ["KINDS", "Case", "Check", "case", "positions", "sample_queries", "selection_agrees"]
 
@@ -80,7 +77,7 @@ class Case:
         """Call the kernel's host function of a rendered module (any object with that attribute)."""
         host, t, o = getattr(module, self.problem.kernel), self.tensors, self.outputs
         if self.problem.kernel == "combine_fwd":
-            host(*t.values(), o["o"])
+            host(*t.values(), o["o"])  # built in the order of the signature
             return
         tail = (t["cu_seqlens"], len(self.seqlens), self.max_seqlen)
         match self.problem.kernel:
@@ -229,7 +226,8 @@ def case(problem: Problem, *, seqlens: Sequence[int], heads_kv: int = 1, heads_q
     made = Case(problem, tuple(seqlens), heads_kv, queries, torch.device(device), seed, kind)
     if "varlen" in fields:
         made.tensors["cu_seqlens"] = torch.tensor(made.cu_seqlens, dtype=torch.int32).to(made.device) if fields["varlen"] else None
-    _BUILD[problem.kernel](made, _Values(made), paths.workspace_bytes() if workspace_bytes is None else workspace_bytes)
+    limit = paths.workspace_bytes() if workspace_bytes is None else workspace_bytes
+    _BUILD[problem.kernel](made, Values(kind, made.dtype, made.device, seed), limit)
     made.poison()
     return made
 
@@ -259,62 +257,7 @@ def sample_queries(seqlens: Sequence[int], count: int, seed: int = 0) -> Tensor:
     return torch.cat([chosen, rest]).unique()
 
 
-# --- values --------------------------------------------------------------------------------------------------------------------
-
-
-class _Values:
-    """Random tensors of one case; shapes only on ``meta``."""
-
-    def __init__(self, made: Case):
-        self.kind, self.device, self.dtype = made.kind, made.device, made.dtype
-        self.real = made.device.type != "meta"
-        self.generator = torch.Generator(made.device).manual_seed(made.seed) if self.real else None
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        out = self.empty(*shape)
-        return out.normal_(0, std, generator=self.generator) if self.real else out
-
-    def uniform(self, *shape: int) -> Tensor:
-        out = self.empty(*shape, dtype=torch.float32)
-        return out.uniform_(generator=self.generator) if self.real else out
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator, device=self.device)
-
-    def q_k(self, total: int, heads: int, group: int, rows: int, dim: int) -> tuple[Tensor, Tensor]:
-        """``q [total,heads*group,dim]`` and keys ``[rows,heads,dim]`` whose logits at scale ``dim**-0.5`` are of the case's kind."""
-        q, k = self.normal(total, heads * group, dim), self.normal(rows, heads, dim)
-        if not self.real:
-            return q, k
-        if self.kind == "huge":
-            q.mul_(16)  # logits of standard deviation 16: beyond 64 among a few thousand keys
-        elif self.kind in ("ties", "equal"):
-            pool = k.new_empty(4 if self.kind == "ties" else 1, heads, dim).normal_(generator=self.generator)
-            pick = self.integers(len(pool), rows, heads)
-            k = pool[pick, torch.arange(heads, device=self.device)]
-        elif self.kind == "peaky":
-            sign = self.integers(2, heads, 1, dim).to(self.dtype) * 2 - 1
-            q.unflatten(1, (heads, group)).add_(sign * (12 * dim**-0.5))
-            special = self.uniform(rows, heads) < 1 / 64
-            k = torch.where(special[..., None], sign.squeeze(1), k)
-        return q, k
-
-    def scores(self, rows: int, heads: int, blocks: int) -> Tensor:
-        """Float32 ``[rows,heads,blocks]`` of the case's kind."""
-        out = self.uniform(rows, heads, blocks)
-        if not self.real:
-            return out
-        column = torch.arange(blocks, device=self.device)
-        if self.kind == "ties":
-            return out.mul_(8).floor_().div_(8)
-        if self.kind == "equal":
-            return out.fill_(0.25)
-        if self.kind == "huge":
-            return out.mul_(60).sub_(40).exp_()  # 1e-17 … 5e8
-        return out.add_((column % 7 == 3) * 4.0) if self.kind == "peaky" else out
+# --- arguments of each kernel ------------------------------------------------------------------------------------------------
 
 
 def _compressed(made: Case, *tensors: Tensor) -> None:
@@ -329,13 +272,13 @@ def _compressed(made: Case, *tensors: Tensor) -> None:
         x[~held.to(made.device)] = torch.nan
 
 
-def _attention_outputs(made: Case, values: _Values) -> None:
+def _attention_outputs(made: Case, values: Values) -> None:
     made.outputs["o"] = values.empty(made.total, made.heads_query, made.problem.head_dim_v)
     made.outputs["lse"] = values.empty(made.total, made.heads_query, dtype=torch.float32)
     made.tensors["scale"] = made.problem.head_dim_qk**-0.5
 
 
-def _compress(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _compress(made: Case, values: Values, workspace_bytes: int) -> None:
     p, heads = made.problem, made.heads_kv
     reach = p.block * p.head_dim
     made.tensors["x"] = values.normal(made.total, heads, p.head_dim)
@@ -354,7 +297,7 @@ def _compress(made: Case, values: _Values, workspace_bytes: int) -> None:
     made.outputs["out"] = values.empty(reference.compressed_rows(made.total, p.stride), heads, p.head_dim)
 
 
-def _compressed_attention(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _compressed_attention(made: Case, values: Values, workspace_bytes: int) -> None:
     p, rows = made.problem, reference.compressed_rows(made.total, made.problem.stride)
     q, k = values.q_k(made.total, made.heads_kv, p.group, rows, p.head_dim_qk)
     v = values.normal(rows, made.heads_kv, p.head_dim_v)
@@ -374,7 +317,7 @@ def _score_columns(made: Case) -> int:
     return max(-(-made.max_seqlen // made.problem.selection_block), 1) + 7 & ~7
 
 
-def _importance(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _importance(made: Case, values: Values, workspace_bytes: int) -> None:
     p, rows = made.problem, reference.compressed_rows(made.total, made.problem.stride)
     q, k = values.q_k(made.total, made.heads_kv, p.group, rows, p.head_dim_qk)
     _compressed(made, k)
@@ -389,7 +332,7 @@ def _importance(made: Case, values: _Values, workspace_bytes: int) -> None:
     made.outputs["scores"] = values.empty(max(b - a for a, b in made.chunks), made.heads_kv, columns, dtype=torch.float32)
 
 
-def _select(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _select(made: Case, values: Values, workspace_bytes: int) -> None:
     columns = _score_columns(made)
     made.chunks = _chunks(made, columns, workspace_bytes)
     scores = values.scores(max(b - a for a, b in made.chunks), made.heads_kv, columns)
@@ -402,7 +345,7 @@ def _select(made: Case, values: _Values, workspace_bytes: int) -> None:
     made.outputs["block_indices"] = values.empty(made.total, made.heads_kv, made.problem.count, dtype=torch.int32)
 
 
-def _selected_attention(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _selected_attention(made: Case, values: Values, workspace_bytes: int) -> None:
     p = made.problem
     q, k = values.q_k(made.total, made.heads_kv, p.group, made.total, p.head_dim_qk)
     v = values.normal(made.total, made.heads_kv, p.head_dim_v)
@@ -418,14 +361,14 @@ def _selected_attention(made: Case, values: _Values, workspace_bytes: int) -> No
     _attention_outputs(made, values)
 
 
-def _sliding_attention(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _sliding_attention(made: Case, values: Values, workspace_bytes: int) -> None:
     p = made.problem
     q, k = values.q_k(made.total, made.heads_kv, p.group, made.total, p.head_dim_qk)
     made.tensors |= {"q": q, "k": k, "v": values.normal(made.total, made.heads_kv, p.head_dim_v)}
     _attention_outputs(made, values)
 
 
-def _combine(made: Case, values: _Values, workspace_bytes: int) -> None:
+def _combine(made: Case, values: Values, workspace_bytes: int) -> None:
     shape = (made.total, made.heads_query)
     for branch in ("cmp", "slc", "swa"):
         made.tensors[f"o_{branch}"] = values.normal(*shape, made.problem.head_dim_v)
@@ -434,7 +377,7 @@ def _combine(made: Case, values: _Values, workspace_bytes: int) -> None:
     made.outputs["o"] = values.empty(*shape, made.problem.head_dim_v)
 
 
-_BUILD: dict[str, Callable[[Case, _Values, int], None]] = {
+_BUILD: dict[str, Callable[[Case, Values, int], None]] = {
     "compress_fwd": _compress,
     "compressed_attention_fwd": _compressed_attention,
     "importance_fwd": _importance,

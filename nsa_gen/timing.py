@@ -3,14 +3,14 @@
 **Method.** What is wanted is device time of one call as it runs inside a busy stream: without host launch cost (which a user hides, or
 removes by a graph) and with the inputs outside L2 (in a model, other layers run between two calls).
 
-* *Graph* (the default): one graph holds ``n`` repetitions of "overwrite the L2 cache, call", a second one ``n`` overwrites alone. A sample
-  is ``(first - second) / n``, each replayed once between two events. The replay's own 5-7 µs and the launch gaps of the overwrites cancel
-  in the difference; unrolling divides what does not. Events inside the graph would be simpler, but recording one costs microseconds of
-  device time too, and nothing cancels it.
+* *Graph* (the default): one graph holds ``n`` repetitions of "overwrite the L2 cache, call", a second one ``n`` overwrites alone. A
+  sample is ``(first - second) / n``, each replayed once between two events. A replay's own 5-7 µs and the overwrites cancel in the
+  difference; unrolling divides what does not. Events inside the graph would be simpler, but recording one costs microseconds of device
+  time, and nothing cancels those.
 * *Eager* (``graph=False``, or where the call cannot be captured): overwrite, event, call, event. The overwrite keeps the device busy while
   the host enqueues the call, so that its first launch is hidden; calls of many small kernels still show their launch gaps.
 
-The overwritten buffer is twice the L2 cache, so that lines of either half of a split cache are displaced. Importing this module needs no GPU.
+The overwritten buffer is twice the L2 cache, so that lines of either half of a split cache are displaced. Importing this needs no GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 
 from .errors import InputError, TargetError
 
-_UNROLLED_MS = 0.5  # device time of the calls in one replay: a hundred times what the difference of two replays may be off
-_MOST_UNROLLED = 20
+_UNROLLED_MS = 0.5  # device time of the calls in one replay: about a hundred times what the difference of two replays is off
+_MOST_UNROLLED = 50
+_LAUNCH_MS = 0.3  # host time an eager call may add to its device time
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ def measure(
         graph: time under a CUDA graph; falls back to eager if capture fails.
         min_ms: sample until this much device time of ``fn`` itself was measured (at least 5 samples) …
         max_reps: … or this many samples were taken.
-        early_stop_ms: give up once 3 samples (or one warm-up call that is twice as slow) all exceed it: for losers of a search.
+        early_stop_ms: give up once 3 samples all exceed it, or a warm-up call far exceeds it: for losers of a search.
 
     Raises:
         TargetError: no GPU is present.
     """
     first = _warm_up(fn)
-    if early_stop_ms is not None and first > 2 * early_stop_ms:
+    if early_stop_ms is not None and first > 2 * early_stop_ms + _LAUNCH_MS:
         return Timing.of([first], stopped=True)
     timer = _timer(fn, cold_l2, graph, first)
     samples: list[float] = []
@@ -103,9 +104,9 @@ def measure(
 def interleaved(fns: Sequence[Callable[[], object]], rounds: int, *, cold_l2: bool = True, graph: bool = True) -> list[list[float]]:
     """``rounds`` samples (ms a call) of each function, taken in turn so that drift of clocks and heat meets all alike.
 
-    The order is rotated from round to round and reversed in every second one, so that none always follows the same neighbour. Entry ``[f][r]`` is
-    function ``f`` in round ``r``: samples of one round are pairs for :func:`speedup_interval`. All are timed alike: if one cannot be captured,
-    all are timed eagerly.
+    The order is rotated and reversed between rounds, so that none always follows the same neighbour. Entry ``[f][r]`` is function ``f`` in
+    round ``r``: samples of one round are pairs for :func:`speedup_interval`. All are timed alike: if one cannot be captured, all are timed
+    eagerly.
 
     Raises:
         TargetError: no GPU is present.
@@ -122,7 +123,7 @@ def interleaved(fns: Sequence[Callable[[], object]], rounds: int, *, cold_l2: bo
 
 
 def rotations(count: int, rounds: int) -> list[list[int]]:
-    """The order of ``count`` functions in each round: rotated by the round, odd rounds reversed."""
+    """The order of ``count`` functions in each round: rotated every second round, odd rounds reversed."""
     orders = []
     for r in range(rounds):
         shift = (r // 2) % max(count, 1)
@@ -136,8 +137,8 @@ def speedup_interval(
 ) -> tuple[float, float, float]:
     """How many times faster the candidate is: ``(estimate, low, high)``.
 
-    The estimate is the median over pairs of ``baseline[r] / candidate[r]``; the interval is a percentile bootstrap over pairs, so a drift that
-    both share cancels. Deterministic.
+    The estimate is the median over pairs of ``baseline[r] / candidate[r]``; the interval is a percentile bootstrap over pairs, so a drift
+    that both share cancels. Deterministic.
 
     Args:
         baseline, candidate: positive times of equal length, paired by round.
@@ -208,40 +209,43 @@ class _Graph:
     graph = True
 
     def __init__(self, fn: Callable[[], object], cold_l2: bool, estimate_ms: float):
+        self.flush = torch.empty(flush_bytes(), dtype=torch.int8, device="cuda") if cold_l2 else None
+        self.pad = torch.zeros(1, device="cuda")
         self.calls = unrolled(estimate_ms)
-        flush = torch.empty(flush_bytes(), dtype=torch.int8, device="cuda") if cold_l2 else None
+        self._build(fn)
+        better = unrolled(self.sample())  # the estimate was eager: for short calls mostly host time
+        if better > 2 * self.calls:
+            self.calls = better
+            self._build(fn)
 
-        def repeat(call: Callable[[], object]) -> Callable[[], None]:
-            def work() -> None:
-                for _ in range(self.calls):
-                    if flush is not None:
-                        flush.zero_()
-                    call()
-
-            return work
-
-        # Without a flush the second graph would be empty: two tiny kernels, of which one is too many in both, take its place.
-        self._pad = torch.zeros(1, device="cuda")
-        self.flush = flush
-        self.full, self.empty = self._capture(repeat(fn)), self._capture(repeat(lambda: None))
+    def _build(self, fn: Callable[[], object]) -> None:
+        self.full, self.empty = self._capture(fn), self._capture(lambda: None)
         for _ in range(2):
             self.full.replay()
             self.empty.replay()
         torch.cuda.synchronize()
 
-    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph:
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            self._pad.zero_()
-            work()
+        outer = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(captured):
+                self.pad.zero_()  # so that no graph is empty
+                for _ in range(self.calls):
+                    if self.flush is not None:
+                        self.flush.zero_()
+                    call()
+        finally:
+            torch.cuda.set_stream(outer)  # a failed capture leaves its own stream current
         return captured
 
     def sample(self) -> float:
-        return (_between(self.full.replay) - _between(self.empty.replay)) / self.calls
+        spent = _between(self.full.replay) - _between(self.empty.replay)
+        return max(spent / self.calls, 1e-5)  # the clock's noise may exceed an (almost) empty call
 
 
 def unrolled(estimate_ms: float) -> int:
-    """Calls in one graph for a call of about ``estimate_ms``: enough to drown the error of one replay, no more than 20."""
+    """Calls in one graph for a call of about ``estimate_ms``: enough to drown the error of one replay, no more than 50."""
     return max(1, min(_MOST_UNROLLED, math.ceil(_UNROLLED_MS / max(estimate_ms, 1e-6))))
 
 

@@ -270,32 +270,12 @@ def test_sample_queries():
     assert len(inputs.sample_queries((64,) * 1000, 100)) <= 102
 
 
-def test_selection_agrees_up_to_ties():
-    p = problem("select_topk")
-    position = torch.tensor([250, 10, 250])
-    scores = torch.rand(3, 2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    exact = reference.select_at(scores, position, 32, 4, 1, 2)
-    assert inputs.selection_agrees(exact, scores, p, 0.0, position)
-    free = [i for i in range(1, 6) if i not in exact[0, 0].tolist()]
-    loser, winner = max(free, key=lambda i: scores[0, 0, i]), next(i for i in exact[0, 0].tolist() if i not in (0, 6, 7))
-    swapped = exact.clone()
-    swapped[0, 0] = torch.tensor(sorted({0, 6, 7, loser}))
-    assert not inputs.selection_agrees(swapped, scores, p, 1e-6, position)
-    near = scores.clone()
-    near[0, 0, loser] = near[0, 0, winner] * (1 - 1e-7)
-    assert inputs.selection_agrees(swapped, near, p, 1e-6, position)
-    assert not inputs.selection_agrees(swapped, near, p, 1e-9, position)
-    for bad in ([0, winner, 6, 8], [0, winner, 7, 6], [0, winner, 7, -1], [winner, winner, 6, 7], [1, winner, 6, 7], [0, winner, 6, 9]):
-        malformed = exact.clone()
-        malformed[0, 0] = torch.tensor(bad)
-        assert not inputs.selection_agrees(malformed, torch.ones_like(scores), p, 1.0, position), bad
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_long_cases_on_a_gpu(kernel):
     """64k tokens: made and checked on sampled queries in bounded time and memory."""
     long = {"block": 32, "stride": 16, "selection_block": 64, "count": 16, "window": 512, "head_dim_qk": 128, "head_dim_v": 128}
+    torch.cuda.reset_peak_memory_stats()
     case = make(kernel, dtype="bfloat16", group=16, seqlens=(65536,), heads_kv=4, device="cuda", **long)
     queries = inputs.sample_queries((65536,), 64)
     for name, out in case.outputs.items():
