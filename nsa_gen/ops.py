@@ -124,7 +124,7 @@ def _nsa_attention_fwd(
     k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The whole forward on packed tensors: ``o`` and, if ``keep``, what a backward needs (else empty tensors, and ``o`` overwrites ``o_cmp``).
+    """The whole forward on packed tensors: ``o`` and, if ``keep``, what a backward needs (else empty tensors; ``o`` overwrites ``o_cmp``).
 
     ``k``, ``v`` have one tensor, or three: (compressed, selected, sliding). Returns ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa,
     block_indices, k_cmp, v_cmp``; the last two are empty where they were given.

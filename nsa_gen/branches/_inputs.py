@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from os import PathLike, fspath
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ _FIELDS = (
     "compression.hidden", "selection.block", "selection.count", "selection.initial", "selection.local", "selection.mapping", "window",
 )  # fmt: skip
 _TEXTS = ("compression.pooling", "selection.mapping")
-_named: dict[str, Spec] = {}
+_named = SimpleNamespace()  # spec by name or path
 _specs: dict[str, Spec] = {}
 _problems: dict[tuple[str, str, str, torch.dtype, bool], Problem] = {}
 
@@ -43,15 +44,17 @@ def spec_of(spec: SpecLike) -> Spec:
         return spec
     if not isinstance(spec, str | PathLike):
         raise InputError(f"spec must be a name, a path or a Spec, got {type(spec).__name__}")
-    return _load(fspath(spec))
+    name = fspath(spec)
+    _load(name)
+    return getattr(_named, name)
 
 
 @torch.compiler.assume_constant_result
-def _load(name: str) -> Spec:
-    found = _named.get(name)
-    if found is None:
-        found = _named[name] = load(name)
-    return found
+def _load(name: str) -> bool:
+    """Have ``_named`` hold the spec. (``torch.compile`` runs this once, and reads the attribute: it cannot take a Spec for a constant.)"""
+    if name not in _named.__dict__:
+        setattr(_named, name, load(name))
+    return True
 
 
 def geometry_of(spec: Spec) -> str:
