@@ -147,8 +147,10 @@ SPACES["selected_attention_fwd"] = Space(
         Knob("DENSE_M", (64, 128), {"loop": ("kv_outer",)}),
         Knob("dense_warps", (4, 8), {"loop": ("kv_outer",)}),
         Knob("dense_stages", (1, 2, 3), {"loop": ("kv_outer",)}),
+        Knob("dense_registers", (None, 128, 168), {"loop": ("kv_outer",)}),
         Knob("MERGE_M", (2, 4, 8, 16), {"loop": ("kv_outer",)}),
         Knob("merge_warps", (1, 2, 4, 8), {"loop": ("kv_outer",)}),
+        Knob("merge_registers", (None, 40, 64), {"loop": ("kv_outer",)}),
     ),
     defaults={"": lambda p: _selected_default(p)},
     safe=lambda p: {"loop": "query_outer", "operands": "rows", "num_warps": 4, "num_stages": 1},
@@ -169,7 +171,9 @@ def _selected_default(p: Problem) -> dict[str, Value]:
         "DENSE_M": 64,
         "dense_warps": 4,
         "dense_stages": 2 if p.dtype != "float32" and max(p.head_dim_qk, p.head_dim_v) <= 128 else 1,
-        "MERGE_M": 4,
+        "dense_registers": None,
+        "MERGE_M": 2,
+        "merge_registers": None,
         "merge_warps": 1,
     }
 
@@ -208,9 +212,11 @@ SPACES["sliding_attention_fwd"] = Space(
 def _sliding_default(p: Problem, keys: int, stages: int) -> dict[str, Value]:
     if p.dtype == "float32":
         return _space("sliding_attention_fwd").safe(p)
-    if max(p.head_dim_qk, p.head_dim_v) > 128 or p.window < 64:
+    dim = max(p.head_dim_qk, p.head_dim_v)
+    rows = 64 if dim > 192 and stages < 3 else 128  # little shared memory there
+    if dim > 128 or p.window < 64:
         keys, stages = 32, 2
-    return {"mask": "edges", "BLOCK_M": 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages, "maxnreg": None}
+    return {"mask": "edges", "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": rows // 16, "num_stages": stages, "maxnreg": None}
 
 
 def _sliding_illegal(p: Problem, c: Config) -> str | None:
