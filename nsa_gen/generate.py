@@ -27,10 +27,6 @@ from .precompile import Build
 from .render import environment, render
 from .spec import Spec
 
-#: The operators a package exports; those of ``ops`` that the floor below offers.
-OPERATORS = (
-    "combine", "compress", "compressed_attention", "nsa_attention", "select_blocks", "selected_attention", "sliding_attention",
-)  # fmt: skip
 #: Modules a generated package replaces or must never contain.
 REPLACED = frozenset({"kernels"})
 FORBIDDEN = frozenset({"device", "generate", "inputs", "loader", "lookup", "reference", "render", "row", "space", "table", "tune"})
@@ -133,8 +129,6 @@ def build(spec: Spec, target: Device) -> Package:
         "arch": target.arch,
         "backend": target.backend,
         "plans": package.plans,
-        "operators": OPERATORS,
-        "exports": sorted((*OPERATORS, "SPEC", "TARGET", "InputError", "NSAError", "Spec"), key=lambda n: (n.upper() != n, n)),
         "version": __version__,
     }
     env = environment()
@@ -184,7 +178,7 @@ def _manifest(package: Package, version: str) -> str:
 
 
 def vendored() -> list[str]:
-    """Names (``branches/sliding`` …) of the modules a package copies: ``ops``, ``launch`` and all they import from nsa_gen, without ``kernels``.
+    """Modules (``branches/sliding`` …) a package copies: ``ops``, ``launch`` and all they import of nsa_gen, without ``kernels``.
 
     Raises:
         RenderError: the run-time path reaches a module that needs the generator.

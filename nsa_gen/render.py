@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +42,8 @@ def environment() -> jinja2.Environment:
 
 
 _environment = lru_cache(maxsize=1)(environment)
+#: A function with its comments and decorators. Line statements swallow the blank lines after them, so their number is settled at the end.
+_BEFORE_DEF = re.compile(r"\n+((?:#.*\n)*(?:@.*\n)*def )")
 
 
 def main_dim(dim: int) -> int:
@@ -75,8 +79,8 @@ def render(problem: Problem, config: Config, *, standalone: bool = False, debug:
         [
             f'"""{problem.kernel}, rendered by nsa-gen from templates/{name}. Do not edit: change the template.',
             "",
-            f"problem {problem.digest}: {key}",
-            f"config  {config.digest}: {knobs}",
+            textwrap.fill(f"problem {problem.digest}: {key}", 140, subsequent_indent="    "),
+            textwrap.fill(f"config  {config.digest}: {knobs}", 140, subsequent_indent="    "),
             "command: python -m nsa_gen generate SPEC --target TARGET -o DIR",
             '"""',
         ]
@@ -100,7 +104,7 @@ def render(problem: Problem, config: Config, *, standalone: bool = False, debug:
         raise RenderError(f"{name}:{line}: {error.message}\n{_around(name, line)}") from error
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"no template {error.name} in {paths.templates()}") from error
-    return Source(problem.kernel, text)
+    return Source(problem.kernel, _BEFORE_DEF.sub(r"\n\n\n\1", text))
 
 
 def _template_line(error: BaseException, name: str) -> int:
