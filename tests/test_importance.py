@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from nsa_gen import loader, reference, render, space
+from nsa_gen import inputs, loader, reference, render, space
 from nsa_gen.config import Config, Problem, overlap_weights
 from nsa_gen.errors import ConfigError
 
@@ -160,6 +160,37 @@ def test_every_legal_key_tile_owns_a_block():
             for c in space.candidates(p):
                 assert c.BLOCK_K // (selection_block // stride) >= lags
                 assert f"_HALO = {lags - 1}\n" in render.render(p, c).text
+
+
+@runs
+@pytest.mark.parametrize("kind", inputs.KINDS)
+def test_kinds_of_values(kind):
+    p = problem("float16", block=8, stride=4, selection_block=16)
+    made = inputs.case(p, seqlens=(50, 0, 33), heads_kv=1, device=DEVICE, kind=kind)
+    made.run(loader.load(render.render(p, config(p))))
+    check = made.check()
+    assert check.ok, check.message
+
+
+@pytest.mark.compile
+def test_defaults_compile_without_spills(compiled_python):
+    """For Hopper, Ampere and CDNA3, through the same host code that launches."""
+    compiled_python(
+        """
+from triton.backends.compiler import GPUTarget
+from test_importance import problem
+from nsa_gen import inputs, loader, render, space
+
+p = problem("bfloat16", 16, 128)
+targets = ("cuda", 90, 32, "sm_90", 232448), ("cuda", 80, 32, "sm_80", 166912), ("hip", "gfx942", 64, "gfx942", 65536)
+for backend, cc, warp, arch, limit in targets:
+    target = GPUTarget(backend, cc, warp)
+    module = loader.load(render.render(p, space.default(p, arch)))
+    made = inputs.case(p, seqlens=(8192, 1000), heads_kv=4, device="meta")
+    for found in loader.compile_all(lambda: made.run(module), target):
+        assert found.shared <= limit and not found.spills, (arch, found)
+"""
+    )
 
 
 def test_illegal_configs():
