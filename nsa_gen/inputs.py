@@ -136,7 +136,8 @@ class Case:
         """Hold the outputs to the float64 reference; rules in :mod:`nsa_gen.acceptance`.
 
         Every output element must be written, also where ``queries`` samples. Floats: at most twice the error that plain PyTorch makes in
-        the problem's dtype, plus about one rounding. Scores: relative closeness in the defined columns. Block indices: equality.
+        the problem's dtype, plus about one rounding. LSEs: float32 accuracy. Scores: relative closeness in the defined columns. Block
+        indices: equality.
         """
         if queries is not None:
             start, stop = self.chunks[-1] if self.problem.kernel == "importance_fwd" else (0, self.total)

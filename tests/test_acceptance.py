@@ -63,6 +63,8 @@ def test_lse():
     assert check(exact, eager, exact.float()).ok
     assert check(exact, eager, exact.float() + 1e-5).ok
     assert not check(exact, eager, exact.float() + 1e-3).ok
+    rounded = exact.bfloat16().float()  # PyTorch's own LSE in a low precision grants nothing
+    assert not check(exact, rounded, rounded).ok
     for row, value in ((3, 0.0), (4, -torch.inf), (4, torch.inf)):
         got = exact.float()
         got[row, 1] = value

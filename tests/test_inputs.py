@@ -140,6 +140,14 @@ def test_a_shifted_mask_is_rejected(kernel):
     assert not case.check().ok
 
 
+def test_one_key_too_many_of_a_thousand_is_rejected():
+    case = make("compressed_attention_fwd", seqlens=(16384,), stride=16, group=1, heads_kv=1)
+    case.run(torch_module(case))
+    assert case.check(torch.tensor([16383])).ok
+    case.outputs["lse"] += 1 / 1024
+    assert "lse: max_abs" in case.check(torch.tensor([16383])).message
+
+
 def test_a_score_of_the_wrong_small_size_is_rejected():
     case = make("importance_fwd", kind="peaky")
     case.run(torch_module(case))
