@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import space
@@ -111,6 +111,7 @@ class Tuner:
         self._coming: deque[Plan] = deque()
         self._searches: dict[tuple[Problem, Point], Search] = {}
         self._digests: dict[tuple[Problem, Config], str] = {}
+        self._held: dict[tuple[Problem, Point], Config | None] = {}
         for record in known:
             self._recall(record)
 
@@ -119,6 +120,10 @@ class Tuner:
     def _recall(self, record: dict[str, Any]) -> None:
         if record.get("event") == "final":
             self._finals[record["what"]] = record
+        elif record.get("event") == "incumbent":
+            kernel, config = record["kernel"], record["config"]
+            where = Problem.of(kernel, record["key"]), Point(**record["point"])
+            self._held[where] = Config.of(kernel, config) if config is not None else None
         elif record.get("event") == "trial":
             trial = Trial.from_record(record)
             if trial.digest == self._digest(trial.problem, trial.config):
@@ -208,7 +213,14 @@ class Tuner:
         return self._searches[key]
 
     def _incumbent(self, problem: Problem, point: Point) -> Config | None:
-        return incumbent(self._rows.get(problem.kernel, ()), problem, point)
+        """What the tables held when this run (or the one it resumes) came to the point, so that resuming repeats its decisions."""
+        key = problem, point
+        if key not in self._held:
+            held = incumbent(self._rows.get(problem.kernel, ()), problem, point)
+            where = {"kernel": problem.kernel, "key": problem.as_dict(), "point": asdict(point)}
+            self.log.append({"event": "incumbent", **where, "config": held.as_dict() if held else None})
+            self._held[key] = held
+        return next(iter(legal(problem, [self._held[key]])), None)
 
     def _fill(self, search: Search, count: int, priority: int = 0) -> None:
         """Ask for up to ``count`` more configs and have them compiled."""
@@ -290,7 +302,7 @@ class Tuner:
         """Screen the searches' best at ``point``, then the interleaved final of the best few, the default and the incumbent."""
         problem = plan.problem
         default, safe = self._given(problem)
-        held = next(iter(legal(problem, [self._incumbent(problem, point)])), None)
+        held = self._incumbent(problem, point)
         pool = [c for anchor in plan.anchors for c in self._search_of(plan, anchor).study.top(SCREENED)]
         pool = list(dict.fromkeys(c for c in pool if c not in (default, held)))
         known = self.trials.setdefault((problem, point), {})
