@@ -123,7 +123,7 @@ def build(spec: Spec, target: Device) -> Package:
     files["rendered/__init__.py"] = '"""Rendered kernels; ``kernels.PLANS`` says which serves what."""\n'
     variables: dict[str, Any] = {
         "spec": spec,
-        "spec_dict": spec.to_dict(),
+        "spec_dict": {name: value for name, value in spec.to_dict().items() if name != "tune"},
         "summary": _summary(spec),
         "target": target.slug,
         "arch": target.arch,

@@ -44,6 +44,7 @@ def environment() -> jinja2.Environment:
 _environment = lru_cache(maxsize=1)(environment)
 #: A function with its comments and decorators. Line statements swallow the blank lines after them, so their number is settled at the end.
 _BEFORE_DEF = re.compile(r"\n+((?:#.*\n)*(?:@.*\n)*def )")
+_AFTER_DEF = re.compile(r"(\n +\S.*)\n+(?=(?:#.*\n)*\w+ = )")
 
 
 def main_dim(dim: int) -> int:
@@ -104,7 +105,7 @@ def render(problem: Problem, config: Config, *, standalone: bool = False, debug:
         raise RenderError(f"{name}:{line}: {error.message}\n{_around(name, line)}") from error
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"no template {error.name} in {paths.templates()}") from error
-    return Source(problem.kernel, _BEFORE_DEF.sub(r"\n\n\n\1", text))
+    return Source(problem.kernel, _AFTER_DEF.sub(r"\1\n\n\n", _BEFORE_DEF.sub(r"\n\n\n\1", text)))
 
 
 def _template_line(error: BaseException, name: str) -> int:

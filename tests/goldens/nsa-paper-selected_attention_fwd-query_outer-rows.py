@@ -1,0 +1,169 @@
+"""selected_attention_fwd, rendered by nsa-gen from templates/selected_attention_fwd.py.jinja. Do not edit: change the template.
+
+problem e49ae9e4641a: dtype=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 initial=1 local=2 varlen=True
+config  5d7d4e7103d6: loop=query_outer num_stages=1 num_warps=4 operands=rows
+command: python -m nsa_gen generate SPEC --target TARGET -o DIR
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_gen.launch import Launcher
+
+
+@triton.jit
+def sequence_start(cu_seqlens, b, seqlen):
+    """First packed token of sequence b; sequence b ends where b + 1 starts."""
+    return tl.load(cu_seqlens + b)
+
+
+@triton.jit
+def locate(tile, cu_seqlens, batch, seqlen, first, last, G: tl.constexpr, ROWS: tl.constexpr):
+    """Sequence of a tile and the tile's number inside it, for tiles of ROWS flat rows (token * G + group member).
+
+    Sequence b owns tile numbers from start[b]*G // ROWS + b on, where start is clamped to the chunk [first, last) of packed
+    tokens and counted from its begin. Returns (b, local tile). The caller exits when the local tile is past its sequence's rows.
+    """
+    low = 0
+    high = batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        start = tl.minimum(tl.maximum(sequence_start(cu_seqlens, middle, seqlen), first), last) - first
+        if (start * G) // ROWS + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    start = tl.minimum(tl.maximum(sequence_start(cu_seqlens, low, seqlen), first), last) - first
+    return low, tile - ((start * G) // ROWS + low)
+
+
+@triton.jit
+def find_sequence(token, cu_seqlens, batch, seqlen):
+    """The sequence that holds a packed token (empty sequences hold none)."""
+    low = 0
+    high = batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_seqlens + middle) <= token:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def selected_attention_fwd_kernel(
+    q_ptr,  # [T, Hq, D_QK]
+    k_ptr,  # [T, Hkv, D_QK]
+    v_ptr,  # [T, Hkv, D_V]
+    index_ptr,  # [T, Hkv, COUNT] int32, ascending, -1 last
+    o_ptr,  # [T, Hq, D_V], contiguous
+    lse_ptr,  # [T, Hq] fp32, contiguous
+    cu_seqlens,  # [B + 1] int32, or None
+    scale: tl.float32,
+    tokens: tl.int32,
+    heads: tl.int32,
+    batch: tl.int32,
+    seqlen: tl.int32,
+    stride_qt: tl.int64,
+    stride_qh: tl.int64,
+    stride_kt: tl.int64,
+    stride_kh: tl.int64,
+    stride_vt: tl.int64,
+    stride_vh: tl.int64,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D_QK: tl.constexpr,
+    DQ: tl.constexpr,
+    DQ_TAIL: tl.constexpr,
+    D_V: tl.constexpr,
+    DV: tl.constexpr,
+    DV_TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    head = tl.program_id(1)
+    token = tokens - 1 - tl.program_id(0)  # late tokens have the most blocks: first
+    b = find_sequence(token, cu_seqlens, batch, seqlen)
+    start = sequence_start(cu_seqlens, b, seqlen)
+    position = token - start
+    length = sequence_start(cu_seqlens, b + 1, seqlen) - start
+
+    member = tl.arange(0, G_PAD)
+    column = tl.arange(0, BLOCK)
+    dq = tl.arange(0, DQ)
+    dv = tl.arange(0, DV)
+    q_rows = q_ptr + token.to(tl.int64) * stride_qt + (head * G + member[:, None]) * stride_qh
+    k_head = k_ptr + start.to(tl.int64) * stride_kt + head * stride_kh
+    v_head = v_ptr + start.to(tl.int64) * stride_vt + head * stride_vh
+    q = tl.load(q_rows + dq, mask=member[:, None] < G, other=0.0)  # [G_PAD, DQ]
+    dq_tail = DQ + tl.arange(0, DQ_TAIL)
+    q_tail = tl.load(q_rows + dq_tail, mask=(member[:, None] < G) & (dq_tail < D_QK), other=0.0)
+    qk_scale = scale * 1.4426950408889634  # exp2 domain
+    top = tl.full([G_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([G_PAD, DV], tl.float32)
+    # All indices at once: a load of one inside the loop would keep K and V loads from being pipelined.
+    slots = tl.arange(0, SLOTS)
+    indices = tl.load(index_ptr + (token.to(tl.int64) * heads + head) * COUNT + slots, mask=slots < COUNT, other=-1)
+    for slot in range(COUNT):
+        block = tl.sum(tl.where(slots == slot, indices, 0), 0)
+        seen = (block >= 0) & (block * BLOCK <= position)
+        key = tl.where(seen, block, 0) * BLOCK + column
+        inside = (key < length)[:, None]
+        k_rows = k_head + key[:, None] * stride_kt
+        v_rows = v_head + key[:, None] * stride_vt
+        k = tl.load(k_rows + dq, mask=inside, other=0.0)  # [BLOCK, DQ]
+        v = tl.load(v_rows + dv, mask=inside, other=0.0)  # [BLOCK, DV]
+        visible = (key <= position) & seen
+        k_tail = tl.load(k_rows + dq_tail, mask=inside & (dq_tail < D_QK), other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [G_PAD, BLOCK]
+        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+        scores = tl.where(visible[None, :], scores * qk_scale, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
+        prob = tl.exp2(scores - safe_top[:, None])
+        rescale = tl.exp2(top - safe_top)
+        total = total * rescale + tl.sum(prob, 1)
+        acc = tl.dot(prob.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        top = new_top
+
+    row = token.to(tl.int64) * (heads * G) + head * G + member
+    written = member < G
+    inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    tl.store(o_ptr + row[:, None] * D_V + dv, (acc * inverse[:, None]).to(o_ptr.dtype.element_ty), mask=written[:, None])
+    tl.store(lse_ptr + row, tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf")), mask=written)
+
+
+_attend = Launcher(
+    selected_attention_fwd_kernel,
+    {
+        "G": 16,
+        "G_PAD": 16,
+        "D_QK": 192,
+        "DQ": 128,
+        "DQ_TAIL": 64,
+        "D_V": 128,
+        "DV": 128,
+        "DV_TAIL": 0,
+        "BLOCK": 64,
+        "COUNT": 16,
+        "SLOTS": 16,
+    },
+    num_warps=4,
+    num_stages=1,
+)
+
+
+def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen):
+    """Attention of every query over its chosen blocks. Needs no workspace.
+
+    q [T,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [T,Hkv,n] contiguous → o [T,Hq,Dv], lse [T,Hq] (contiguous).
+    """
+    tokens, heads = q.shape[0], k.shape[1]
+    _attend(
+        (tokens, heads),
+        q, k, v, block_indices, o, lse, cu_seqlens, scale, tokens, heads, batch, max_seqlen,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+    )  # fmt: skip
