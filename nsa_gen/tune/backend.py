@@ -108,7 +108,7 @@ class TritonBackend:
         from .. import device
 
         try:
-            found = self.device or device.current(self.index)
+            found = device.current(self.index)
         except Exception as error:
             return failure_of(error)
         environment = {

@@ -75,7 +75,7 @@ def run(
         varlen: tune the variant for ``cu_seqlens`` calls.
         storage: Optuna storage URL (e.g. ``sqlite:///study.db``) that several tuners share.
         log: the trial log; default in the cache.
-        workers: compile processes, default the CPU count.
+        workers: compile processes, default the CPU count less one for each GPU.
         gpus: CUDA indices to measure on.
         rounds: interleaved rounds of a final.
         deadline_s: for one evaluation; past it the process is killed.
@@ -238,7 +238,7 @@ def _pools(
             answers = gpu_pool.collect()
         identity = _identified(answers[0][1], device)
         backend = make(identity.device)
-        builders = Pool([partial(make, identity.device)] * (workers or os.cpu_count() or 1), env=_BUILDER_ENV)
+        builders = Pool([partial(make, identity.device)] * (workers or max(1, (os.cpu_count() or 1) - len(gpus))), env=_BUILDER_ENV)
         yield identity, backend, builders, gpu_pool
     finally:
         gpu_pool.close()

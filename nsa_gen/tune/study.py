@@ -12,10 +12,11 @@ number of machines share the study through Optuna's own storage and split its tr
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import optuna
@@ -28,6 +29,8 @@ from ..errors import ConfigError, TuneError
 _REPEATS = 12  # proposals asked before an untried config is drawn instead
 _LOCAL_EVERY = 3
 _STARTUP = 12
+_LISTED = 2000  # a space of at most this many configs is listed
+_DRAWS = 500
 
 
 class _Sampler(optuna.samplers.BaseSampler):
@@ -56,7 +59,7 @@ class _Sampler(optuna.samplers.BaseSampler):
 
 
 class Study:
-    """Suggestions for one problem at one point.
+    """Suggestions for one problem at one point. ``target`` is how many configs will be tried if nothing stops it.
 
     Args:
         problem: what is tuned.
@@ -83,7 +86,9 @@ class Study:
         seed: int = 0,
     ):
         self.problem, self.trials = problem, trials
-        self._legal = {config: None for config in space.candidates(problem)}
+        found = list(itertools.islice(space.candidates(problem), max(trials, _LISTED) + 1))
+        self._whole = len(found) <= trials
+        self.target = min(trials, len(found))
         self._knobs = space.knobs(problem.kernel)
         self._random = random.Random(seed)
         self._shared = storage is not None
@@ -106,27 +111,15 @@ class Study:
         self._refresh()
         for config, ms in known:
             self._remember(config, ms)
-        self._first = [config for config in dict.fromkeys(first) if config in self._legal]
-        rest = [config for config in self._legal if config not in self._first]
-        self._random.shuffle(rest)
-        self._whole = len(self._legal) <= trials
-        self._rest = rest
+        self._first = legal(problem, first)
+        self._rest = found if len(found) <= max(trials, _LISTED) else []  # a space of millions is drawn from, not listed
+        self._random.shuffle(self._rest)
         self._proposed = 0
 
     def _name(self, label: str) -> str:
         knobs = json.dumps([[k.name, k.values, sorted(k.when.items())] for k in space.knobs(self.problem.kernel)], sort_keys=True)
         digest = hashlib.sha256(knobs.encode()).hexdigest()[:8]  # a study cannot change its knobs' values
         return f"{self.problem.kernel}-{self.problem.digest}-{label}-{digest}"
-
-    @property
-    def size(self) -> int:
-        """Legal configs in the space."""
-        return len(self._legal)
-
-    @property
-    def target(self) -> int:
-        """Configs that will be tried if nothing stops the study."""
-        return min(self.trials, self.size)
 
     @property
     def running(self) -> int:
@@ -158,12 +151,12 @@ class Study:
             if forced is None:
                 for _ in range(_REPEATS):
                     trial, config = self._propose(None)
-                    if config in self._legal and config not in self._taken():
+                    if config not in self._taken() and legal(self.problem, [config]):
                         self._running[config] = trial
                         return config
                     self._study.tell(trial, state=TrialState.FAIL)
         if forced is None:
-            forced = self._neighbour() or next((c for c in self._rest if c not in self._taken()), None)
+            forced = self._neighbour() or self._untried()
         if forced is None:
             return None
         trial, config = self._propose(forced)
@@ -199,21 +192,38 @@ class Study:
         untried = [c for c in space.neighbours(self.problem, self.best[0]) if c not in taken]
         return self._random.choice(untried) if untried else None
 
+    def _untried(self) -> Config | None:
+        """Some legal config: from the list of all, or of a space too large to list, a few draws."""
+        taken = self._taken()
+        if self._rest:
+            return next((c for c in self._rest if c not in taken), None)
+        for _ in range(_DRAWS):
+            chosen: dict[str, Value] = {}
+            for knob in self._present(chosen):
+                chosen[knob.name] = self._random.choice(knob.values)
+            config = Config.of(self.problem.kernel, chosen)
+            if config not in taken and legal(self.problem, [config]):
+                return config
+        return None
+
+    def _present(self, chosen: dict[str, Value]) -> Iterator[space.Knob]:
+        """The knobs that exist, while ``chosen`` is being filled in."""
+        return (knob for knob in self._knobs if all(chosen.get(name) in values for name, values in knob.when.items()))
+
     def _propose(self, forced: Config | None) -> tuple[Any, Config]:
         self._sampler.forced = forced
         try:
             trial = self._study.ask()
             chosen: dict[str, Value] = {}
-            for knob in self._knobs:
-                if all(chosen.get(name) in values for name, values in knob.when.items()):
-                    chosen[knob.name] = trial.suggest_categorical(knob.name, knob.values)
+            for knob in self._present(chosen):
+                chosen[knob.name] = trial.suggest_categorical(knob.name, knob.values)
         finally:
             self._sampler.forced = None
         return trial, Config.of(self.problem.kernel, chosen)
 
     def _remember(self, config: Config, ms: float | None) -> None:
         """Add an earlier run's result to the study, unless it is there."""
-        if config in self.seen or config not in self._legal:
+        if config in self.seen or not legal(self.problem, [config]):
             return
         self.seen[config] = ms
         values = {knob.name: optuna.distributions.CategoricalDistribution(knob.values) for knob in self._knobs}
@@ -231,11 +241,13 @@ class Study:
         """Take over what other tuners have put into the shared study."""
         for trial in self._study.get_trials(deepcopy=False):
             config = Config.of(self.problem.kernel, dict(trial.params))
-            if config in self._running or config in self.seen or config not in self._legal:
+            if config in self._running or config in self.seen or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                continue
+            if not legal(self.problem, [config]):
                 continue
             if trial.state is TrialState.COMPLETE:
                 self.seen[config] = trial.value
-            elif trial.state is TrialState.PRUNED:
+            else:
                 self.seen[config] = None
 
 

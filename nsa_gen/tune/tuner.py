@@ -103,8 +103,9 @@ class Tuner:
         self.options, self.progress = options, progress or Silent()
         self._stop, self.deadline = stop, deadline
         self._rows = rows or {}
-        self.built: dict[tuple[Problem, Config], Built | Failure] = {}
-        self._building: dict[int, tuple[Problem, Config]] = {}
+        # By point too: a constant that follows the length (the width of a top-k row) makes another binary. Else it is a cache hit.
+        self.built: dict[tuple[Problem, Point, Config], Built | Failure] = {}
+        self._building: dict[int, tuple[Problem, Point, Config]] = {}
         self._answers: dict[int, Any] = {}
         self.trials: dict[tuple[Problem, Point], dict[Config, Trial]] = {}
         self._finals: dict[str, dict[str, Any]] = {}
@@ -148,8 +149,8 @@ class Tuner:
         self._look_ahead()
         wait([self.builders, self.gpus], 0.2)
         for ticket, answer in self.builders.collect():
-            problem, config = self._building.pop(ticket)
-            self.built[problem, config] = self._vetted(problem, config, answer)
+            problem, point, config = self._building.pop(ticket)
+            self.built[problem, point, config] = self._vetted(problem, config, answer)
         self._answers.update(self.gpus.collect())
 
     def _vetted(self, problem: Problem, config: Config, answer: Built | Failure) -> Built | Failure:
@@ -167,16 +168,17 @@ class Tuner:
 
     def want(self, problem: Problem, config: Config, point: Point, priority: int = 0) -> None:
         """Have a config compiled, unless it is or will be."""
-        if (problem, config) in self.built or (problem, config) in self._building.values():
+        key = problem, point, config
+        if key in self.built or key in self._building.values():
             return
         request = Request("compile", (problem, config, point), self.options.compile_deadline_s, grace_s=60)
-        self._building[self.builders.submit(request, priority)] = problem, config
+        self._building[self.builders.submit(request, priority)] = key
 
     def build_all(self, problem: Problem, configs: Sequence[Config], point: Point) -> None:
         """Compile all of these now."""
         for config in configs:
             self.want(problem, config, point)
-        while any((problem, config) not in self.built for config in configs):
+        while any((problem, point, config) not in self.built for config in configs):
             self.pump()
 
     def _look_ahead(self) -> None:
@@ -244,10 +246,10 @@ class Tuner:
                 self._fill(search, ahead - len(search.queue))
                 if not search.queue:
                     break
-                ready = [c for c in search.queue if (problem, c) in self.built]
-                failed = [c for c in ready if isinstance(self.built[problem, c], Failure)]
+                ready = [c for c in search.queue if (problem, search.point, c) in self.built]
+                failed = [c for c in ready if isinstance(self.built[problem, search.point, c], Failure)]
                 for config in failed:
-                    self._finish(search, config, self.built[problem, config], result)
+                    self._finish(search, config, self.built[problem, search.point, config], result)
                 batch = [c for c in ready if c not in failed][: len(self.gpus)]
                 if not batch:
                     if not failed:
@@ -281,7 +283,7 @@ class Tuner:
         self._advance(search, result)
 
     def _record(self, problem: Problem, point: Point, config: Config, outcome: Any, result: Result) -> float | None:
-        built = self.built.get((problem, config))
+        built = self.built.get((problem, point, config))
         trial = Trial(problem, point, config, self._digest(problem, config), built if isinstance(built, Built) else None, outcome)
         self.log.append(trial.to_record())
         self.trials.setdefault((problem, point), {})[config] = trial
@@ -312,7 +314,7 @@ class Tuner:
             for config in wanted:
                 timed = [t.ms for t in known.values() if t.ms is not None]
                 best = (config, min(timed)) if timed else None
-                outcome = self.built[problem, config]
+                outcome = self.built[problem, point, config]
                 if isinstance(outcome, Built):
                     outcome = self._evaluate(problem, [config], point, best)[0]
                 self._record(problem, point, config, outcome, result)
@@ -343,7 +345,7 @@ class Tuner:
             samples = [Failure(**s) if isinstance(s, dict) else tuple(s) for s in record["samples"]]
             return Final(tuple(samples), tuple(record["max_rel_err"]))
         self.build_all(problem, configs, point)
-        unfit = {c: b for c in configs if isinstance(b := self.built[problem, c], Failure)}
+        unfit = {c: b for c in configs if isinstance(b := self.built[problem, point, c], Failure)}
         fit = [c for c in configs if c not in unfit]
         if not fit:
             return next(iter(unfit.values()))
@@ -445,9 +447,11 @@ class Tuner:
         return result
 
     def resources(self, problem: Problem, config: Config) -> Built | None:
-        """What a config was built into, in this run or a known one."""
-        built = self.built.get((problem, config))
-        if isinstance(built, Built):
-            return built
-        trials = (found.get(config) for (p, _), found in self.trials.items() if p == problem)
-        return next((t.built for t in trials if t is not None and t.built is not None), None)
+        """What a config was built into, in this run or a known one: the largest use over the points."""
+        found = [b for (p, _, c), b in self.built.items() if (p, c) == (problem, config) and isinstance(b, Built)]
+        trials = [t[config] for (p, _), t in self.trials.items() if p == problem and config in t]
+        found += [t.built for t in trials if t.built is not None]
+        if not found:
+            return None
+        shared, registers, spills = ([v for b in found if (v := getattr(b, n)) is not None] for n in ("shared", "registers", "spills"))
+        return Built(found[0].digest, max(shared), max(registers, default=None), max(spills, default=None))

@@ -37,7 +37,7 @@ def test_a_small_space_is_walked_whole_given_ones_first():
     asked = drive(study, milliseconds)
     everything = list(space.candidates(machine.PROBLEM))
     assert asked[:2] == first
-    assert len(asked) == len(set(asked)) == len(everything) == study.size == study.target
+    assert len(asked) == len(set(asked)) == len(everything) == study.target
     best = min(everything, key=milliseconds)
     assert study.best == (best, milliseconds(best))
     assert study.top(3) == sorted(everything, key=milliseconds)[:3]
@@ -68,10 +68,22 @@ def test_a_large_space_is_searched_better_than_by_chance(monkeypatch):
     assert sorted(bests)[1] <= 2.0  # 60 random draws reach that in fewer than one run in three
 
 
+def test_a_space_of_millions_is_not_listed(monkeypatch):
+    knobs = tuple(Knob(f"K{i}", tuple(range(10))) for i in range(9))
+    monkeypatch.setitem(
+        space.SPACES, machine.KERNEL, Space(knobs, {}, lambda p: {}, lambda p, c: "odd" if sum(c.as_dict().values()) % 2 else None)
+    )
+    study = Study(machine.PROBLEM, "x", trials=20)
+    asked = drive(study, lambda config: 1.0 + config.K0)
+    assert len(asked) == len(set(asked)) == 20
+    for config in asked:
+        space.check(machine.PROBLEM, config)
+
+
 def test_failures_are_not_the_best_and_the_study_goes_on():
     study = Study(machine.PROBLEM, "x", trials=100)
     asked = drive(study, milliseconds, fails=lambda config: config.loop == "split")
-    assert len(asked) == study.size
+    assert len(asked) == study.target
     assert study.best[0].loop == "flat"
     none = Study(machine.PROBLEM, "y", trials=9)
     assert len(drive(none, milliseconds, fails=lambda config: True)) == 9 and none.best is None and none.top(2) == []
