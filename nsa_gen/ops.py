@@ -73,9 +73,13 @@ def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:
-    return any(
-        x.requires_grad if isinstance(x, Tensor) else isinstance(x, tuple | list) and _requires_grad(x) for x in args if x is not None
-    )
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.requires_grad:
+                return True
+        elif type(x) is list and x and _requires_grad(x):
+            return True
+    return False
 
 
 _SEQUENCES = "Tensor? cu_seqlens, str geometry, SymInt batch, SymInt max_seqlen"
@@ -119,18 +123,13 @@ _combine_op = _register(
 )
 
 
-def _nsa_attention_fwd(
+def _forward(
     q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
     k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The whole forward on packed tensors: ``o`` and, if ``keep``, what a backward needs (else empty tensors; ``o`` overwrites ``o_cmp``).
-
-    ``k``, ``v`` have one tensor, or three: (compressed, selected, sliding). Returns ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa,
-    block_indices, k_cmp, v_cmp``; the last two are empty where they were given.
-    """
+    """``o``, and with ``keep`` all that came before it; else ``o`` overwrites ``o_cmp``. ``k`` and ``v`` are one tensor, or three."""
     sequences = (cu_seqlens, geometry, batch, max_seqlen, scale)
-    given_k, given_v = k_cmp is not None, v_cmp is not None
     q = _inputs.ready(q)
     if k_cmp is None:
         k_cmp = compression.compress_fwd(k[0], phi_k, cu_seqlens, geometry, "k", batch, max_seqlen)
@@ -144,33 +143,46 @@ def _nsa_attention_fwd(
     o_swa, lse_swa = sliding.sliding_attention_fwd(q, k_swa, v_swa, *sequences)
     shape = Shape(max_seqlen, batch * k_slc.shape[1])
     o = _combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, shape, None if keep else o_cmp)
-    if not keep:
-        return (o, *(q.new_empty(0) for _ in range(9)))
-    kept_cmp = (q.new_empty(0) if given_k else k_cmp, q.new_empty(0) if given_v else v_cmp)
-    return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, *kept_cmp
+    return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp
 
 
-def _nsa_attention_fake(
+def _nsa_attention_fwd(*args: Any) -> Tensor:
+    return _forward(*args, keep=False)[0]
+
+
+def _nsa_attention_fwd_fake(q: Tensor, k: list[Tensor], v: list[Tensor], *rest: Any) -> Tensor:
+    return compression.attention_fake(q, v[-1])[0]
+
+
+def _nsa_attention_save(*args: Any) -> tuple[Tensor, ...]:
+    """What :func:`_forward` keeps; ``k_cmp`` and ``v_cmp`` empty where they were given, as an operator must not return its arguments."""
+    *made, k_cmp, v_cmp = _forward(*args, keep=True)
+    given_k, given_v = args[8] is not None, args[9] is not None
+    return *made, k_cmp.new_empty(0) if given_k else k_cmp, v_cmp.new_empty(0) if given_v else v_cmp
+
+
+def _nsa_attention_save_fake(
     q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
     k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
-    keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    o, lse = compression.attention_fake(q, v[-1])
-    if not keep:
-        return (o, *(q.new_empty(0) for _ in range(9)))
-    g = numbers(geometry)
-    block_indices = q.new_empty((q.shape[0], k[0].shape[1], g.count), dtype=torch.int32)
-    rows = compression.rows_of(q.shape[0], g.stride)
-    made = [q.new_empty(0) if given is not None else x[0].new_empty((rows, *x[0].shape[1:])) for given, x in ((k_cmp, k), (v_cmp, v))]
-    return o, *(torch.empty_like(o) for _ in range(3)), lse, *(torch.empty_like(lse) for _ in range(2)), block_indices, *made
+    g, total = numbers(geometry), q.shape[0]
+    attended = [compression.attention_fake(q, v[-1]) for _ in range(3)]
+    block_indices = q.new_empty((total, k[0].shape[1], g.count), dtype=torch.int32)
+    rows = compression.rows_of(total, g.stride)
+    made = (x[0].new_empty((rows, *x[0].shape[1:]) if given is None else (0,)) for given, x in ((k_cmp, k), (v_cmp, v)))
+    o = torch.empty_like(attended[0][0])
+    return o, *(o for o, _ in attended), *(lse for _, lse in attended), block_indices, *made
 
 
-_nsa_attention = _register(
-    "nsa_attention_fwd",
+_WHOLE = (
     "(Tensor q, Tensor[] k, Tensor[] v, Tensor g_cmp, Tensor g_slc, Tensor g_swa, Tensor[] phi_k, Tensor[] phi_v, Tensor? k_cmp, "
-    f"Tensor? v_cmp, {_SEQUENCES}, float scale, bool keep) -> ({', '.join(['Tensor'] * 10)})",
-    _nsa_attention_fwd,
-    _nsa_attention_fake,
+    f"Tensor? v_cmp, {_SEQUENCES}, float scale)"
+)
+#: For inference: ``o`` alone.
+_nsa_attention = _register("nsa_attention_fwd", f"{_WHOLE} -> Tensor", _nsa_attention_fwd, _nsa_attention_fwd_fake)
+#: For training: ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``.
+_nsa_attention_saving = _register(
+    "nsa_attention_save", f"{_WHOLE} -> ({', '.join(['Tensor'] * 10)})", _nsa_attention_save, _nsa_attention_save_fake
 )
 
 # --- what users call -------------------------------------------------------------------------------------------------------------
@@ -232,15 +244,13 @@ def nsa_attention(
     else:
         compression.check_weights("phi_k", phi_k, k[0], spec)
         compression.check_weights("phi_v", phi_v, v[0], spec)
-    gates = (g_cmp, g_slc, g_swa)
-    tensors = (q, *k, *v, *gates, *phi_k, *phi_v, *((k_cmp, v_cmp) if k_cmp is not None else ()))
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     pack = tokens.pack
-    found = _nsa_attention(
-        pack(q), [pack(x) for x in k], [pack(x) for x in v], *(pack(g) for g in gates), list(phi_k), list(phi_v), k_cmp, v_cmp,
-        cu_seqlens, _inputs.geometry_of(spec), tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, spec), keep,
+    args = (
+        pack(q), [pack(x) for x in k], [pack(x) for x in v], pack(g_cmp), pack(g_slc), pack(g_swa), list(phi_k), list(phi_v), k_cmp, v_cmp,
+        cu_seqlens, _inputs.geometry_of(spec), tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, spec),
     )  # fmt: skip
-    return tokens.unpack(found[0])
+    saving = torch.is_grad_enabled() and _requires_grad(args)
+    return tokens.unpack(_nsa_attention_saving(*args)[0] if saving else _nsa_attention(*args))
 
 
 def compress(
