@@ -232,8 +232,8 @@ def _sliding_illegal(p: Problem, c: Config) -> str | None:
 SPACES["compressed_attention_fwd"] = Space(
     knobs=(
         Knob("loads", ("pointer", "descriptor")),
-        Knob("BLOCK_M", (64, 128)),
-        Knob("BLOCK_N", (32, 64, 128)),
+        Knob("BLOCK_M", (16, 32, 64, 128)),
+        Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (1, 2, 3, 4)),
     ),
@@ -242,17 +242,28 @@ SPACES["compressed_attention_fwd"] = Space(
         "sm_90": lambda p: _compressed_default(p, wgmma=True),
         "sm_100": lambda p: _compressed_default(p, wgmma=True),
     },
-    safe=lambda p: {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    safe=lambda p: {"loads": "pointer", **_compressed_tile(p), "num_warps": 4, "num_stages": 1},
     illegal=lambda p, c: _compressed_illegal(p, c),
 )
 
 
+def _wide(p: Problem) -> bool:
+    """Rows so wide that only small tiles fit the shared memory and registers of every device."""
+    key = p.as_dict()
+    return p.dtype == "float32" or max(p.head_dim_qk, key.get("head_dim_v") or 0) > 128
+
+
+def _compressed_tile(p: Problem) -> dict[str, Value]:
+    return {"BLOCK_M": 32, "BLOCK_N": 16} if _wide(p) else {"BLOCK_M": 64, "BLOCK_N": 32}
+
+
 def _compressed_default(p: Problem, wgmma: bool) -> dict[str, Value]:
-    large = p.dtype == "float32" or max(p.head_dim_qk, p.head_dim_v) > 128
-    if wgmma and not large:
+    if p.dtype == "float32" or (_wide(p) and not wgmma):  # float32 products run on the plain cores: tiles as small as the registers
+        return {"loads": "pointer", **_compressed_tile(p), "num_warps": 4, "num_stages": 1}
+    if _wide(p):
+        return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if wgmma:
         return {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-    if large:
-        return {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     # Without wgmma q lives in registers: more warps, fewer keys a step.
     return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
 
@@ -261,15 +272,17 @@ def _compressed_illegal(p: Problem, c: Config) -> str | None:
     dims = p.head_dim_qk, p.head_dim_v
     if c.loads == "descriptor" and any(dim & (dim - 1) for dim in dims):
         return f"a descriptor's tile has power-of-two sides, head dims are {dims[0]} and {dims[1]}"
-    if c.num_warps == 8 and c.BLOCK_M == 64:
-        return "8 warps on 64 rows leave warps without rows"
+    if c.num_warps == 8 and c.BLOCK_M <= 64:
+        return f"8 warps on {c.BLOCK_M} rows leave warps without rows"
+    if min(c.BLOCK_M // 2, c.BLOCK_N) < 32 and not _wide(p):
+        return f"tiles of {c.BLOCK_M} x {c.BLOCK_N} are for float32 and head dims past 128"
     return None
 
 
 SPACES["importance_fwd"] = Space(
     knobs=(
-        Knob("BLOCK_T", (32, 64, 128)),
-        Knob("BLOCK_K", (64, 128, 256)),
+        Knob("BLOCK_T", (16, 32, 64, 128)),
+        Knob("BLOCK_K", (32, 64, 128, 256)),
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (1, 2, 3)),
     ),
@@ -278,7 +291,7 @@ SPACES["importance_fwd"] = Space(
         "sm_90": lambda p: _importance_default(p, wgmma=True),
         "sm_100": lambda p: _importance_default(p, wgmma=True),
     },
-    safe=lambda p: {"BLOCK_T": 32, "BLOCK_K": _key_tile(p, 64), "num_warps": 4, "num_stages": 1},
+    safe=lambda p: {"BLOCK_T": 16 if _wide(p) else 32, "BLOCK_K": _key_tile(p, 32 if _wide(p) else 64), "num_warps": 4, "num_stages": 1},
     illegal=lambda p, c: _importance_illegal(p, c),
 )
 
@@ -286,23 +299,27 @@ SPACES["importance_fwd"] = Space(
 def _key_tile(p: Problem, least: int) -> int:
     """The smallest key tile of at least ``least`` keys that yields whole selection blocks beside its halo."""
     lags = len(overlap_weights(p.block, p.stride, p.selection_block, p.mapping))
-    return next((size for size in (64, 128, 256) if size >= max(least, lags * (p.selection_block // p.stride))), 256)
+    return next((size for size in (32, 64, 128, 256) if size >= max(least, lags * (p.selection_block // p.stride))), 256)
 
 
 def _importance_default(p: Problem, wgmma: bool) -> dict[str, Value]:
-    if p.dtype == "float32" or p.head_dim_qk > 128:
+    if p.dtype == "float32":
+        return {"BLOCK_T": 16, "BLOCK_K": _key_tile(p, 32), "num_warps": 4, "num_stages": 1}
+    if p.head_dim_qk > 128:
         return {"BLOCK_T": 32, "BLOCK_K": _key_tile(p, 64), "num_warps": 4, "num_stages": 1}
     tile = _key_tile(p, 128)
     return {"BLOCK_T": 64, "BLOCK_K": tile, "num_warps": 4 if wgmma and tile == 128 else 8, "num_stages": 2}
 
 
 def _importance_illegal(p: Problem, c: Config) -> str | None:
-    if _key_tile(p, 64) > c.BLOCK_K:
+    if _key_tile(p, 32) > c.BLOCK_K:
         return f"a tile of {c.BLOCK_K} compressed keys holds no selection block of {p.selection_block} tokens beside its halo"
     if c.BLOCK_T * c.BLOCK_K // c.num_warps > 64 * 128 // 4:
         return "two score tiles need more registers than the warps have"
-    if c.num_warps == 8 and c.BLOCK_T == 32 and c.BLOCK_K == 64:
-        return "8 warps on a tile of 32 x 64 leave warps without work"
+    if c.num_warps == 8 and c.BLOCK_T * c.BLOCK_K <= 32 * 64:
+        return f"8 warps on a tile of {c.BLOCK_T} x {c.BLOCK_K} leave warps without work"
+    if (c.BLOCK_T < 32 or c.BLOCK_K < 64) and not _wide(p):
+        return f"tiles of {c.BLOCK_T} x {c.BLOCK_K} are for float32 and head dims past 128"
     return None
 
 
