@@ -54,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"nsa-gen: error: {first}{hint}", file=sys.stderr)
         sys.exit(2 if isinstance(error, SpecError | ConfigError | TargetError | TableError | InputError) else 1)
     except ModuleNotFoundError as error:
-        extra = {"optuna": "tune", "matplotlib": "report"}.get(error.name or "")
+        absent = (error.name or "").partition(".")[0]
+        extra = {"optuna": "tune", "matplotlib": "report"}.get(absent)
         if debug or extra is None:
             raise
-        print(f"nsa-gen: error: this command needs {error.name}: pip install 'nsa-gen[{extra}]'", file=sys.stderr)
+        print(f"nsa-gen: error: this command needs {absent}: pip install 'nsa-gen[{extra}]'", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -240,6 +241,7 @@ def tune(
     budget: Annotated[str | None, typer.Option("--budget", help="Wall-clock time for all of it: 90s, 5m, 2h.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the log of an earlier run.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write (default: your cache).")] = None,
+    varlen: Annotated[bool, typer.Option("--varlen", help="Tune the kernels of cu_seqlens calls instead.")] = False,
     storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage URL several machines share.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -247,7 +249,7 @@ def tune(
     from . import spec as specs
     from . import tune as tuner
 
-    options: dict[str, Any] = {"trials": trials, "budget_s": console.seconds(budget), "out": out, "storage": storage}
+    options: dict[str, Any] = {"varlen": varlen, "trials": trials, "budget_s": console.seconds(budget), "out": out, "storage": storage}
     if seqlen:
         options["seqlens"] = console.lengths(seqlen)
     options = {name: value for name, value in options.items() if value is not None}
@@ -273,13 +275,14 @@ def bench(
     from . import bench as benchmark
     from . import spec as specs
 
+    chosen, lengths = specs.load(spec), console.lengths(seqlen) or None
     with console.progress(str(json_file) == "-") as bar:
         task = bar.add_task("measuring", total=None)
 
         def step(description: str, done: int, total: int) -> None:
             bar.update(task, description=description, completed=done, total=total)
 
-        result = benchmark.run(specs.load(spec), console.lengths(seqlen) or None, rounds=rounds, progress=step)
+        result = benchmark.run(chosen, lengths, rounds=rounds, progress=step)
     if str(json_file) == "-":
         console.emit(result)
     else:

@@ -1,0 +1,289 @@
+"""The command line: what it prints, its exit codes, its errors, and that the light commands stay light."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nsa_gen import bench, config, console, demo, doctor, paths, space, spec, tables
+from nsa_gen.cli import main
+from nsa_gen.errors import InputError
+from nsa_gen.render import render
+from nsa_gen.row import Row
+from nsa_gen.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def nsa(capsys):
+    """``nsa("spec", "list")`` → exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+def subprocess_python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def a_row(seqlen: tuple[int, int] = (1024, 65536), speedup: float = 1.25, which: int = 0) -> Row:
+    problem = config.problem("sliding_attention_fwd", spec.load("gqa16-d128"))
+    chosen = list(space.candidates(problem))[which]
+    return Row(
+        problem=problem,
+        seqlen=seqlen,
+        batch_heads=(1, 8),
+        config=chosen,
+        perf={"median_ms": 2.0, "spread": 0.01, "default_ms": 2.0 * speedup, "verdict": "tuned wins"}
+        | {"speedup": speedup, "speedup_low": speedup - 0.01, "speedup_high": speedup + 0.01},
+        resources={"shared": 4096, "registers": 128, "spills": 0},
+        correctness={"max_rel_err": 1e-3, "reference": "float64", "cases": 3},
+        environment={name: "1" for name in ("triton", "torch", "driver", "device", "python")},
+        source_digest=render(problem, chosen).digest,
+        date="2026-01-01",
+    )
+
+
+def save(folder: Path, *rows: Row, slug: str = "nvidia-h200") -> Path:
+    path = folder / slug / "sliding_attention_fwd.json"
+    Table(slug, "sliding_attention_fwd", rows).save(path)
+    return path
+
+
+def test_light_commands_import_no_torch():
+    done = subprocess_python("-X", "importtime", "-m", "nsa_gen", "spec", "list")
+    assert done.returncode == 0 and "gqa16-d128" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "nsa_gen.cli" in imported and not imported & {"torch", "triton", "numpy", "optuna", "matplotlib"}
+
+
+def test_help_names_every_command(nsa):
+    code, out, _ = nsa("--help")
+    assert code == 0
+    for command in ("spec", "generate", "tune", "verify", "bench", "table", "report", "doctor", "demo"):
+        assert f" {command} " in out
+    assert nsa("--version")[1].startswith("nsa-gen ")
+
+
+def test_spec_list_and_show(nsa):
+    code, out, _ = nsa("spec", "list", "--json")
+    assert code == 0 and [one["name"] for one in json.loads(out)] == spec.names()
+    code, out, _ = nsa("spec", "show", "tiny", "--json")
+    assert code == 0 and json.loads(out) == spec.load("tiny").to_dict()
+    assert "window: 24" in nsa("spec", "show", "tiny")[1]
+    assert json.loads(nsa("spec", "schema")[1])["title"]
+
+
+def test_spec_validate(nsa, tmp_path):
+    good = (paths.specs() / "tiny.yaml").read_text()
+    (tmp_path / "good.yaml").write_text(good)
+    (tmp_path / "bad.yaml").write_text(good.replace("window: 24", "windw: 24"))
+    assert nsa("spec", "validate", tmp_path / "good.yaml")[:2] == (0, f"{tmp_path}/good.yaml: ok, tiny\n")
+    code, out, _ = nsa("spec", "validate", tmp_path / "good.yaml", tmp_path / "bad.yaml")
+    line = good.splitlines().index("window: 24") + 1
+    assert code == 1 and f"bad.yaml:{line}: windw" in out and "window" in out.partition("windw")[2]
+    found = json.loads(nsa("spec", "validate", "--json", tmp_path / "bad.yaml")[1])
+    assert not found[0]["ok"] and found[0]["line"] == line
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("spec", "show", "gqa16-d182"), "gqa16-d128"),
+        (("generate", "tiny", "-t", "h100", "-o", "x"), "allowed: nvidia-a100-40gb"),
+        (("verify", "tiny", "-k", "sliding"), "sliding_attention_fwd"),
+        (("bench", "tiny", "-n", "64x"), "64k is 65536"),
+        (("tune", "tiny", "--budget", "soon"), "90s, 5m, 2h"),
+        (("table", "show", "nowhere"), "nowhere"),
+    ],
+)
+def test_errors_are_one_line_with_the_mend(nsa, args, said):
+    code, out, err = nsa(*args)
+    assert code == 2 and not out
+    assert err.startswith("nsa-gen: error: ") and err.count("\n") == 1 and said in err
+
+
+def test_debug_shows_the_traceback():
+    done = subprocess_python("-m", "nsa_gen", "spec", "show", "nowhere", NSA_GEN_DEBUG="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "SpecError" in done.stderr
+
+
+def test_wrong_usage_exits_2(nsa):
+    assert nsa("generate", "tiny")[0] == 2
+    assert nsa("nothing")[0] == 2
+
+
+def test_missing_extra_is_named(nsa, monkeypatch, tmp_path):
+    monkeypatch.setenv("NSA_GEN_TUNED", str(tmp_path))
+    save(tmp_path, a_row())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    code, _, err = nsa("report", "--plot", tmp_path / "x.svg")
+    assert code == 1 and "pip install 'nsa-gen[report]'" in err
+
+
+def test_generate(nsa, tmp_path):
+    code, out, _ = nsa("generate", "tiny", "-t", "sm_90", "-o", tmp_path / "nsa_tiny", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["target"] == "sm_90" and "sliding_attention_fwd" in found["kernels"] and found["check"] == []
+    assert (tmp_path / "nsa_tiny" / "rendered" / "sliding_attention_fwd.py").exists()
+    assert "kernels for sm_90" in nsa("generate", "tiny", "-t", "sm_90", "-o", tmp_path / "nsa_tiny")[1]
+
+
+def test_table_commands(nsa, tmp_path, monkeypatch):
+    shipped, other = tmp_path / "tuned", tmp_path / "other"
+    monkeypatch.setenv("NSA_GEN_TUNED", str(shipped))
+    path = save(shipped, a_row())
+    assert nsa("table", "lint")[:2] == (0, "ok\n")
+    code, out, _ = nsa("table", "show", "nvidia-h200")
+    assert code == 0 and "1024-65536" in out and "1.250 [1.240, 1.260]" in out
+    assert json.loads(nsa("table", "show", "--json")[1])[0]["rows"] == [a_row().to_dict()]
+    assert nsa("table", "diff", shipped, shipped)[:2] == (0, "")
+
+    newer = replace(a_row((32768, 131072), 1.5, which=1), date="2026-02-01")
+    save(other, newer)
+    code, out, _ = nsa("table", "diff", shipped, other)
+    assert code == 1 and "nvidia-h200/sliding_attention_fwd: - " in out and ": + " in out
+    code, out, _ = nsa("table", "merge", other)
+    assert code == 0 and "added:" in out and "trimmed:" in out
+    assert [row.seqlen for row in Table.load(path).rows] == [(1024, 32767), (32768, 131072)]
+    assert "0 kept" not in nsa("table", "merge", other)[1]  # again: nothing changes
+    path.write_text(path.read_text().replace("1024", "1023"))
+    code, out, _ = nsa("table", "lint")
+    assert code == 1 and "torn or edited" in out
+    assert nsa("table", "show")[0] == 2
+
+
+def test_lint_finds_stale_rows_and_wrong_places(tmp_path, monkeypatch):
+    folder = tmp_path / "tuned"
+    monkeypatch.setenv("NSA_GEN_TUNED", str(folder))
+    path = save(folder, replace(a_row(), source_digest="0" * 16))
+    assert any("stale" in fault for fault in tables.lint(None))
+    (folder / "nvidia-b200").mkdir()
+    path.rename(folder / "nvidia-b200" / path.name)
+    assert any("never read from here" in fault for fault in tables.lint(None))
+
+
+def test_report(nsa, tmp_path, monkeypatch):
+    monkeypatch.setenv("NSA_GEN_TUNED", str(tmp_path))
+    assert "No tuned rows." in nsa("report")[1]
+    assert nsa("report", "--plot", tmp_path / "x.svg")[0] == 2
+    save(tmp_path, a_row((1, 100)), a_row((101, 200), 1.75, which=2))
+    code, out, _ = nsa("report")
+    assert code == 0 and "| sliding_attention_fwd | 2 | 2 | 1.50 | 1.75 |" in out
+    assert [gain["speedup"] for gain in json.loads(nsa("report", "--json")[1])] == [1.25, 1.75]
+    pytest.importorskip("matplotlib")
+    assert nsa("report", "-o", tmp_path / "r.md", "--plot", tmp_path / "r.svg")[0] == 0
+    assert (tmp_path / "r.md").read_text() == out and "<svg" in (tmp_path / "r.svg").read_text()
+
+
+def test_doctor_explains_a_resolution(nsa, tmp_path, monkeypatch):
+    monkeypatch.setenv("NSA_GEN_TUNED", str(tmp_path))
+    save(tmp_path, a_row())
+    code, out, _ = nsa("doctor", "-t", "nvidia-h200", "-n", "32k")
+    assert code == 0 and "resolution of gqa16-d128 at 32768 tokens on nvidia-h200" in out
+    assert "sliding_attention_fwd (device table)" in out and "importance_fwd (default)" in out and "NSA_GEN_TUNED=" in out
+    found = json.loads(nsa("doctor", "-t", "nvidia-h100-pcie", "--json")[1])
+    taken = [one["text"] for one in found["findings"] if "sliding_attention_fwd (same arch)" in one["text"]]
+    assert found["ok"] and len(taken) == 1
+    save(tmp_path, a_row()).write_text("torn")
+    code, out, _ = nsa("doctor", "-t", "nvidia-h200")
+    assert code == 1 and "torn or edited" in out
+
+
+def test_doctor_says_what_is_too_old(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "3.5.1+cu130" if name == "triton" else "99.0")
+    found = doctor.Examination()
+    doctor._versions(found)
+    assert not found.ok
+    assert [one.text for one in found.findings if one.level == "bad"] == ["triton 3.5.1+cu130 is older than 3.6: pip install -U triton"]
+
+
+def test_lengths_and_times():
+    assert console.lengths(["8192,64k", "1K"]) == [8192, 65536, 1024]
+    assert [console.seconds(text) for text in ("90", "90s", "5m", "0.5h", None)] == [90, 90, 300, 1800, None]
+    for wrong in (["0"], ["x"], ["-1"]):
+        with pytest.raises(InputError):
+            console.lengths(wrong)
+
+
+def test_bench_shows_and_draws_a_result(tmp_path):
+    entry = {"peak_mib": 12.0, "note": "", "p20_ms": 1.0, "median_ms": 1.5, "p80_ms": 2.0, "tflop_s": 300.0}
+    shapes = [
+        {
+            "seqlen": n,
+            "entries": [
+                {"name": name, **entry} for name in ("whole forward", "selected attention", "full, flash")
+            ] + [{"name": "full, cuDNN", "error": "not for this geometry"}],
+            "speedups": {"full, flash": {"estimate": 2.0, "low": 1.9, "high": 2.1}},
+        }
+        for n in (8192, 16384)
+    ]  # fmt: skip
+    there = {"slug": "nvidia-h200", "device": "NVIDIA H200", "torch": "2.13", "triton": "3.7"}
+    result = {
+        "spec": spec.load("tiny").to_dict(), "environment": there, "shapes": shapes,
+        "ceilings": {"copy_tb_s": 4.27, "matmul_bf16_tflop_s": 686.0},
+    }  # fmt: skip
+    columns, rows = bench.rows(result)
+    assert all(len(row) == len(columns) for row in rows)
+    assert (8192, "full, flash", "1.500", "1.000 - 2.000", "300", "12", "2.00 [1.90, 2.10]") in rows
+    assert (16384, "full, cuDNN", "not for this geometry", None, None, None, None) in rows
+    assert "4.27 TB/s" in bench.title(result)
+    pytest.importorskip("matplotlib")
+    bench.plot(result, tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError):
+        bench.plot({**result, "shapes": []}, tmp_path / "none.png")
+
+
+def test_bench_without_a_gpu_says_so(nsa, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = nsa("bench", "gqa16-d128")
+    assert code == 2 and "no GPU" in err
+
+
+def test_bench_inputs_fit_the_operators():
+    for name in ("nsa-paper", "tiny"):
+        chosen = spec.load(name)
+        given = bench.tensors(chosen, 64, "cpu")
+        assert given["q"].shape == (64, chosen.heads.query, chosen.head_dim.qk)
+        assert isinstance(given["k"], tuple) == (chosen.kv == "per_branch")
+        work = bench._flops(chosen, 4096)
+        assert work["full, flash"] > work["whole forward"] > work["selected attention"] > 0
+
+
+def test_demo_forward_holds_against_the_reference():
+    done = subprocess_python("-c", "from nsa_gen import demo; demo.forward('tiny', (70, 9), 'cpu')", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < found["error"] <= 2 * found["eager"] + found["floor"]
+
+
+def test_demo_calls_a_wrong_forward_wrong(capsys):
+    found = {"error": 1e-3, "eager": 1e-7, "floor": 1e-7, "dtype": "float32", "seconds": 1.0}
+    assert not demo._show_forward(found) and "WRONG" in capsys.readouterr().out
+    assert demo._show_forward({**found, "error": 2e-7})
+
+
+@pytest.mark.gpu
+def test_bench_measures(nsa, tmp_path):
+    code, out, _ = nsa("bench", "gqa16-d128", "-n", "4096", "--rounds", "3", "--json", tmp_path / "b.json")
+    assert code == 0 and "whole forward" in out
+    result = json.loads((tmp_path / "b.json").read_text())
+    entries = {entry["name"]: entry for entry in result["shapes"][0]["entries"]}
+    assert entries["whole forward"]["median_ms"] > entries["sliding attention"]["median_ms"] > 0
+    assert result["ceilings"]["copy_tb_s"] > 0.1
