@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nsa_gen import InputError, kernels, verify
+from nsa_gen.errors import ConfigError
+
+
+def test_kernels_are_right_and_the_report_says_so(capsys):
+    seen = []
+    report = verify.run("tiny", kernels=["sliding_attention_fwd", "compress_fwd"], on_result=seen.append)
+    assert report.ok, [r.message for r in report.results if not r.ok]
+    assert seen == report.results
+    assert {r.kernel for r in seen} == {"sliding_attention_fwd", "compress_fwd"}
+    assert {"ragged", "all empty", "ties", "huge", "batched, strided", "shorter than a block"} <= {r.case for r in seen}
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["ok"] is True and len(data["results"]) == len(seen)
+    assert data["results"][0]["errors"]["out"]["rel_fro"] < 1e-5
+    report.print()
+    printed = capsys.readouterr().out
+    assert "sliding_attention_fwd" in printed and f"{len(seen)} of {len(seen)} cases right" in printed
+
+
+def test_the_whole_operator_is_right():
+    report = verify.run("tiny", kernels=["nsa_attention"])
+    assert report.ok, [r.message for r in report.results if not r.ok]
+    assert len(report.results) == 3
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, name: str, spoil) -> None:
+    get = kernels.get
+
+    class Broken:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getattr__(self, attribute):
+            def run(*args):
+                getattr(self.kernel, attribute)(*args)
+                spoil(*args)
+
+            return run
+
+    monkeypatch.setattr(
+        kernels, "get", lambda problem, *rest: Broken(get(problem, *rest)) if problem.kernel == name else get(problem, *rest)
+    )
+
+
+def test_a_wrong_kernel_is_found_and_hides_no_other_case(monkeypatch, capsys):
+    _break(monkeypatch, "combine_fwd", lambda *args: args[-1][-1:].mul_(1.01))
+    report = verify.run("tiny", kernels=["combine_fwd"])
+    assert not report.ok
+    assert all(not r.ok and (">" in r.message or "NaN" in r.message) for r in report.results)
+    report.print()
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_an_exception_is_one_failed_case(monkeypatch):
+    def crash(x, *args):
+        if len(x) == 7:
+            raise RuntimeError("illegal address\nmore")
+
+    _break(monkeypatch, "compress_fwd", crash)
+    report = verify.run("tiny", kernels=["compress_fwd"])
+    failed = [r for r in report.results if not r.ok]
+    assert [(r.case, r.message) for r in failed] == [("shorter than a block", "RuntimeError: illegal address")]
+    assert len(report.results) > 5
+
+
+def test_a_wrong_selection_is_found(monkeypatch):
+    def other_block(scores, block_indices, *rest):
+        rows = block_indices[(block_indices[..., 3] > 4) & (block_indices[..., 1] > 1)]
+        if len(rows):
+            block_indices[..., 1][(block_indices[..., 3] > 4) & (block_indices[..., 1] > 1)] = 1
+
+    _break(monkeypatch, "select_topk", other_block)
+    report = verify.run("tiny", kernels=["nsa_attention"])
+    ragged = next(r for r in report.results if r.case == "ragged")
+    assert not ragged.ok and "block_indices differ" in ragged.message
+
+
+def test_bad_arguments():
+    with pytest.raises(InputError, match="positive"):
+        verify.run("tiny", seqlens=[0])
+    with pytest.raises(ConfigError, match="unknown kernel"):
+        verify.run("tiny", kernels=["nothing"])
+
+
+@pytest.mark.gpu
+def test_gqa_on_the_gpu():
+    report = verify.run("gqa16-d128")
+    assert report.ok, [(r.kernel, r.case, r.message) for r in report.results if not r.ok]
+    assert {r.dtype for r in report.results} == {"bfloat16"}
+    assert torch.cuda.is_available()
