@@ -222,8 +222,14 @@ def verify(
     from . import spec as specs
     from . import verify as verifier
 
-    options = {"seqlens": tuple(console.lengths(seqlen))} if seqlen else {}
-    report = verifier.run(specs.load(spec), kernels=console.kernel_names(kernels), **options)
+    chosen, extra = specs.load(spec), console.lengths(seqlen)
+    with console.progress(as_json) as bar:
+        task = bar.add_task("verifying", total=None)
+
+        def step(result: Any) -> None:
+            bar.update(task, advance=1, description=f"{result.kernel}, {result.case}")
+
+        report = verifier.run(chosen, kernels=console.split(kernels) or None, seqlens=extra, on_result=step)
     if as_json:
         console.emit(report.to_dict())
     else:

@@ -29,12 +29,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: st
 
 
 def progress(quiet: bool = False) -> Progress:
-    """A bar on stderr: what is done, of how many, and the time left."""
+    """A bar on stderr: what is done, of how many, and the time left. Nothing where stderr is no terminal, or if ``quiet``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+    return Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True)
 
 
 def split(values: Iterable[str] | None) -> list[str]:

@@ -70,12 +70,16 @@ def _compile(targets: list[devices.Device], jobs: int | None, progress: Callable
         f"1. {len(chosen)} specs render to {len(sources)} kernel modules; compiling {len(builds)} for {', '.join(t.slug for t in targets)}"
     )
     sys.stdout.flush()
-    built = []
+    built: list[precompile.Built] = []
+    said = time.perf_counter()
     with progress() as bar:
         task = bar.add_task("compiling", total=len(builds))
         for one in precompile.compile_many(builds, jobs):
             built.append(one)
             bar.update(task, advance=1, description=f"{one.build.target.slug:7s} {one.build.problem.kernel}")
+            if bar.disable and time.perf_counter() - said > 15:  # a log that stays silent for minutes looks like a hang
+                said = time.perf_counter()
+                print(f"   {len(built)} of {len(builds)} compiled", flush=True)
     rows = []
     for target in targets:
         mine = [one for one in built if one.build.target == target]

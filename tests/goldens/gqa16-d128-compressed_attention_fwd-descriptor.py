@@ -1,7 +1,7 @@
 """compressed_attention_fwd, rendered by nsa-gen from templates/compressed_attention_fwd.py.jinja. Do not edit: change the template.
 
 problem 98d0ecc6a58d: dtype=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 varlen=False
-config  52d2b1ec63a3: BLOCK_M=64 BLOCK_N=32 loads=descriptor num_stages=1 num_warps=4
+config  845de1fe091b: BLOCK_M=64 BLOCK_N=32 loads=descriptor maxnreg=None num_stages=1 num_warps=4
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -77,9 +77,10 @@ def attend(
     DV_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Add the compressed keys [low, high) to a tile's softmax. Without MASKED every row sees them all and whole key tiles are read."""
-    for key0 in range(low, high, BLOCK_N):
+    for key0 in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         key = key0 + tl.arange(0, BLOCK_N)
         # Rows from `high` on may belong to the next sequence or to no token at all: never let them reach a product.
         inside = (key < high)[:, None] | (not MASKED)
@@ -129,6 +130,7 @@ def compressed_attention_fwd_kernel(
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     head = tl.program_id(0) % heads
     # Late tiles see the most keys: they go first, so that the light ones fill the end of the run.
@@ -158,11 +160,11 @@ def compressed_attention_fwd_kernel(
     start_row = start // STRIDE
     acc, acc_tail, top, total = attend(
         q, q_tail, acc, acc_tail, top, total, visible, k_ptr, v_ptr, start_row, head, 0, common, qk_scale,
-        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, False,
+        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, False, NUM_STAGES,
     )  # fmt: skip
     acc, acc_tail, top, total = attend(
         q, q_tail, acc, acc_tail, top, total, visible, k_ptr, v_ptr, start_row, head, common, most, qk_scale,
-        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, True,
+        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, True, 1,
     )  # fmt: skip
 
     out = (token.to(tl.int64) * heads + head) * G + member
@@ -189,9 +191,11 @@ _attend = Launcher(
         "STRIDE": 16,
         "BLOCK_M": _BLOCK_M,
         "BLOCK_N": _BLOCK_N,
+        "NUM_STAGES": 1,
     },
     num_warps=4,
     num_stages=1,
+    maxnreg=None,
 )
 
 

@@ -1,7 +1,7 @@
 """compressed_attention_fwd, rendered by nsa-gen from templates/compressed_attention_fwd.py.jinja. Do not edit: change the template.
 
 problem d1d7e0d8cd4a: dtype=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 varlen=True
-config  6a46346bd5c7: BLOCK_M=64 BLOCK_N=32 loads=pointer num_stages=1 num_warps=4
+config  88a283d8261d: BLOCK_M=128 BLOCK_N=32 loads=pointer maxnreg=None num_stages=2 num_warps=8
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -85,15 +85,21 @@ def attend(
     DV_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Add the compressed keys [low, high) to a tile's softmax. Without MASKED every row sees them all and whole key tiles are read."""
-    for key0 in range(low, high, BLOCK_N):
+    # A 64-bit base that moves, and offsets inside a tile that stay.
+    k_step = tl.multiple_of(stride_kt.to(tl.int32), 8)
+    v_step = tl.multiple_of(stride_vt.to(tl.int32), 8)
+    k_tile = tl.arange(0, BLOCK_N)[:, None] * k_step
+    v_tile = tl.arange(0, BLOCK_N)[:, None] * v_step
+    for key0 in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         key = key0 + tl.arange(0, BLOCK_N)
         # Rows from `high` on may belong to the next sequence or to no token at all: never let them reach a product.
         inside = (key < high)[:, None] | (not MASKED)
-        row = (start_row + key).to(tl.int64)[:, None]
-        k_rows = k_ptr + row * stride_kt + head * stride_kh
-        v_rows = v_ptr + row * stride_vt + head * stride_vh
+        row = (start_row + key0).to(tl.int64)
+        k_rows = k_ptr + row * stride_kt + head * stride_kh + k_tile
+        v_rows = v_ptr + row * stride_vt + head * stride_vh + v_tile
         k = tl.load(k_rows + tl.arange(0, DQ), mask=inside, other=0.0)  # [BLOCK_N, DQ]
         v = tl.load(v_rows + tl.arange(0, DV), mask=inside, other=0.0)  # [BLOCK_N, DV]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -142,6 +148,7 @@ def compressed_attention_fwd_kernel(
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     head = tl.program_id(0) % heads
     # Late tiles see the most keys: they go first, so that the light ones fill the end of the run.
@@ -172,11 +179,11 @@ def compressed_attention_fwd_kernel(
     start_row = start // STRIDE
     acc, acc_tail, top, total = attend(
         q, q_tail, acc, acc_tail, top, total, visible, k_ptr, v_ptr, start_row, head, 0, common, qk_scale,
-        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, False,
+        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, False, NUM_STAGES,
     )  # fmt: skip
     acc, acc_tail, top, total = attend(
         q, q_tail, acc, acc_tail, top, total, visible, k_ptr, v_ptr, start_row, head, common, most, qk_scale,
-        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, True,
+        stride_kt, stride_kh, stride_vt, stride_vh, D_QK, DQ, DQ_TAIL, D_V, DV, DV_TAIL, BLOCK_N, True, 1,
     )  # fmt: skip
 
     out = (token.to(tl.int64) * heads + head) * G + member
@@ -187,7 +194,7 @@ def compressed_attention_fwd_kernel(
 
 
 _GROUP = 16
-_BLOCK_M = 64
+_BLOCK_M = 128
 _BLOCK_N = 32
 _attend = Launcher(
     compressed_attention_fwd_kernel,
@@ -203,9 +210,11 @@ _attend = Launcher(
         "STRIDE": 16,
         "BLOCK_M": _BLOCK_M,
         "BLOCK_N": _BLOCK_N,
+        "NUM_STAGES": 2,
     },
-    num_warps=4,
-    num_stages=1,
+    num_warps=8,
+    num_stages=2,
+    maxnreg=None,
 )
 
 

@@ -53,6 +53,31 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
     return low
 
 
+@triton.jit
+def gate(pointer, token, head, stride_token, stride_head, mask):
+    """One branch's gate of some rows, in fp32."""
+    return tl.load(pointer + token.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(o_ptr, o_cmp_ptr, o_swa_ptr, offset, value, g_cmp, g_slc, g_swa, mask, GATED: tl.constexpr):
+    """Store the branch's output, or (GATED) its gated sum with the other two branches (paper eq. 5) in its place."""
+    if GATED:
+        o_cmp = tl.load(o_cmp_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        o_swa = tl.load(o_swa_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        value = g_cmp * o_cmp + g_slc * value + g_swa * o_swa
+    tl.store(o_ptr + offset, value.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_arguments(gated):
+    """Kernel arguments for the other branches and the gates, and the constant that tells binaries apart by the gates' dtypes."""
+    if gated is None:
+        return (None,) * 5, (0,) * 6, 0
+    gates = gated[2:]
+    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
+    return gated, [stride for gate in gates for stride in gate.stride()], 8 + fp32
+
+
 # The blocks near a query (initial and local) are read by almost every query. They would make a few lists as long as the sequence,
 # so they never enter the lists: the merge kernel attends to them directly. `dense` says which blocks those are.
 @triton.jit
@@ -72,7 +97,6 @@ def count_kernel(
     index_ptr,  # [T, Hkv, COUNT] int32
     counts_ptr,  # [Hkv, bins] int32, zero
     rank_ptr,  # [Hkv, chunk * COUNT] int32: place of an entry in its list
-    part_lse_ptr,  # [Hkv, COUNT + 1, chunk, G] fp32
     cu_seqlens,
     first: tl.int32,
     last: tl.int32,
@@ -81,7 +105,6 @@ def count_kernel(
     seqlen: tl.int32,
     bins: tl.int32,
     chunk: tl.int32,
-    G: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -89,7 +112,7 @@ def count_kernel(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Length of every block's list and each entry's place in it; partial results that nobody will compute get no weight."""
+    """Length of every block's list and each entry's place in it."""
     head = tl.program_id(1)
     b, tile = locate(tl.program_id(0), cu_seqlens, batch, seqlen, first, last, 1, TOKENS)
     start = sequence_start(cu_seqlens, b, seqlen)
@@ -106,9 +129,6 @@ def count_kernel(
     rank = tl.atomic_add(counts_ptr + bin_, 1, mask=keep, sem="relaxed")
     local = (token - first)[:, None] * COUNT + slot
     tl.store(rank_ptr + head.to(tl.int64) * chunk * COUNT + local, rank, mask=keep)
-    place = ((head * (COUNT + 1) + slot).to(tl.int64) * chunk + (token - first)[:, None]) * G
-    for member in tl.static_range(G):
-        tl.store(part_lse_ptr + place + member, -float("inf"), mask=exists & (keep == 0))
 
 
 @triton.jit
@@ -323,7 +343,7 @@ def dense_kernel(
     LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Attend to the dense blocks; the result is one more partial output, in slot COUNT."""
+    """Attend to the dense blocks; the result is one more partial output, in slot COUNT. Slots that no list fills get no weight."""
     head = tl.program_id(1)
     b, tile = locate(tl.program_id(0), cu_seqlens, batch, seqlen, first, last, G, BLOCK_M)
     start = sequence_start(cu_seqlens, b, seqlen)
@@ -382,7 +402,10 @@ def dense_kernel(
         acc = tl.dot(prob.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
 
-    place = (head * (COUNT + 1) + COUNT).to(tl.int64) * chunk * G + (token - first) * G + member
+    slots = head.to(tl.int64) * (COUNT + 1) * chunk * G + (token - first) * G + member
+    unfilled = valid[:, None] & (slot < COUNT) & (listed(chosen, current[:, None], INITIAL, LOCAL) == 0)
+    tl.store(part_lse_ptr + slots[:, None] + slot.to(tl.int64) * chunk * G, -float("inf"), mask=unfilled)
+    place = slots + COUNT * (chunk * G).to(tl.int64)
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
     out = (acc * inverse[:, None]).to(part_ptr.dtype.element_ty)
     tl.store(part_ptr + place[:, None] * D_V + dv, out, mask=valid[:, None])
@@ -395,10 +418,21 @@ def merge_kernel(
     part_lse_ptr,  # [Hkv, COUNT + 1, chunk, G] fp32
     o_ptr,  # [T, Hq, D_V], contiguous
     lse_ptr,  # [T, Hq] fp32, contiguous
+    o_cmp_ptr,  # [T, Hq, D_V], contiguous; None unless GATED, as what follows
+    o_swa_ptr,  # [T, Hq, D_V], contiguous
+    g_cmp_ptr,  # [T, Hq], activations' dtype or fp32, any strides
+    g_slc_ptr,
+    g_swa_ptr,
     first: tl.int32,
     rows: tl.int32,
     heads: tl.int32,
     chunk: tl.int32,
+    g_cmp_stride_t: tl.int64,
+    g_cmp_stride_h: tl.int64,
+    g_slc_stride_t: tl.int64,
+    g_slc_stride_h: tl.int64,
+    g_swa_stride_t: tl.int64,
+    g_swa_stride_h: tl.int64,
     G: tl.constexpr,
     D_V: tl.constexpr,
     DV: tl.constexpr,
@@ -406,6 +440,7 @@ def merge_kernel(
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Add the partial outputs, each weighted from the row's own maximum: safe at any logit."""
     head = tl.program_id(1)
@@ -429,8 +464,17 @@ def merge_kernel(
         weight = tl.exp2(tl.load(part_lse_head + part, mask=valid, other=-float("inf")) - top) * inverse
         used = (weight > 0)[:, None]  # what has no weight was never written
         acc += weight[:, None] * tl.load(part_head + part[:, None] * D_V + dv, mask=used, other=0.0)
-    out = ((first + row // G).to(tl.int64) * heads + head) * G + row % G
-    tl.store(o_ptr + out[:, None] * D_V + dv, acc.to(o_ptr.dtype.element_ty), mask=valid[:, None])
+    token = first + row // G
+    member = row % G
+    out = (token.to(tl.int64) * heads + head) * G + member
+    g_cmp = 0.0
+    g_slc = 1.0
+    g_swa = 0.0
+    if GATED:
+        g_cmp = gate(g_cmp_ptr, token, head * G + member, g_cmp_stride_t, g_cmp_stride_h, valid)[:, None]
+        g_slc = gate(g_slc_ptr, token, head * G + member, g_slc_stride_t, g_slc_stride_h, valid)[:, None]
+        g_swa = gate(g_swa_ptr, token, head * G + member, g_swa_stride_t, g_swa_stride_h, valid)[:, None]
+    write(o_ptr, o_cmp_ptr, o_swa_ptr, out[:, None] * D_V + dv, acc, g_cmp, g_slc, g_swa, valid[:, None], GATED)
     tl.store(lse_ptr + out, tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf")), mask=valid)
 
 
@@ -450,7 +494,7 @@ _ENTRIES = 128
 _DENSE_M = 64
 _MERGE_M = 2
 _lists = {**_BLOCKS, **_FORCED, "SLOTS": 16}
-_count = Launcher(count_kernel, {**_lists, "G": 16, "TOKENS": _TOKENS}, num_warps=4)
+_count = Launcher(count_kernel, {**_lists, "TOKENS": _TOKENS}, num_warps=4)
 _plan = Launcher(plan_kernel, {"ENTRIES": _ENTRIES, "BINS": 1024}, num_warps=8)
 _scatter = Launcher(scatter_kernel, {**_lists, "TOKENS": _TOKENS}, num_warps=4)
 _gather = Launcher(
@@ -483,10 +527,11 @@ _merge = Launcher(
 )
 
 
-def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen):
+def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen, gated=None):
     """Attention of every query over its chosen blocks, through lists of queries per block.
 
     q [T,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [T,Hkv,n] contiguous → o [T,Hq,Dv], lse [T,Hq] (contiguous).
+    With ``gated`` = (o_cmp, o_swa [T,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [T,Hq]), o is instead the gated sum of the three branches.
     Tokens go in chunks of at most 8192 tokens whose partial results stay below workspace_bytes.
     """
     tokens, heads_q, heads = q.shape[0], q.shape[1], k.shape[1]
@@ -505,13 +550,14 @@ def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_byte
     records = torch.empty((heads, max_records, 2), dtype=torch.int32, device=device)
     totals = torch.empty((heads,), dtype=torch.int32, device=device)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    others, gate_strides, code = gated_arguments(gated)
     for first in range(0, tokens, chunk):
         last = min(first + chunk, tokens)
         list_grid = ((last - first) // _TOKENS + batch, heads)
         where = (cu_seqlens, first, last, heads, batch, max_seqlen)
         rows = (last - first) * group
         counts.zero_()
-        _count(list_grid, block_indices, counts, rank, part_lse, *where, bins, chunk)
+        _count(list_grid, block_indices, counts, rank, *where, bins, chunk)
         _plan((heads,), counts, offsets, records, totals, bins, max_records)
         _scatter(list_grid, block_indices, rank, offsets, entries, *where, bins, chunk)
         _gather(
@@ -524,4 +570,5 @@ def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_byte
             q, k, v, block_indices, part, part_lse, cu_seqlens,
             scale, first, last, heads, batch, max_seqlen, chunk, *strides,
         )  # fmt: skip
-        _merge((triton.cdiv(rows, _MERGE_M), heads), part, part_lse, o, lse, first, rows, heads, chunk)
+        merge_grid = (triton.cdiv(rows, _MERGE_M), heads)
+        _merge(merge_grid, part, part_lse, o, lse, *others, first, rows, heads, chunk, *gate_strides, GATED=code)

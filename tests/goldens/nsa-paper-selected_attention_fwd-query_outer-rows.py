@@ -5,6 +5,7 @@ config  5d7d4e7103d6: loop=query_outer num_stages=1 num_warps=4 operands=rows
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -52,6 +53,31 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
 
 
 @triton.jit
+def gate(pointer, token, head, stride_token, stride_head, mask):
+    """One branch's gate of some rows, in fp32."""
+    return tl.load(pointer + token.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(o_ptr, o_cmp_ptr, o_swa_ptr, offset, value, g_cmp, g_slc, g_swa, mask, GATED: tl.constexpr):
+    """Store the branch's output, or (GATED) its gated sum with the other two branches (paper eq. 5) in its place."""
+    if GATED:
+        o_cmp = tl.load(o_cmp_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        o_swa = tl.load(o_swa_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        value = g_cmp * o_cmp + g_slc * value + g_swa * o_swa
+    tl.store(o_ptr + offset, value.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_arguments(gated):
+    """Kernel arguments for the other branches and the gates, and the constant that tells binaries apart by the gates' dtypes."""
+    if gated is None:
+        return (None,) * 5, (0,) * 6, 0
+    gates = gated[2:]
+    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
+    return gated, [stride for gate in gates for stride in gate.stride()], 8 + fp32
+
+
+@triton.jit
 def selected_attention_fwd_kernel(
     q_ptr,  # [T, Hq, D_QK]
     k_ptr,  # [T, Hkv, D_QK]
@@ -59,6 +85,11 @@ def selected_attention_fwd_kernel(
     index_ptr,  # [T, Hkv, COUNT] int32, ascending, -1 last
     o_ptr,  # [T, Hq, D_V], contiguous
     lse_ptr,  # [T, Hq] fp32, contiguous
+    o_cmp_ptr,  # [T, Hq, D_V], contiguous; None unless GATED, as what follows
+    o_swa_ptr,  # [T, Hq, D_V], contiguous
+    g_cmp_ptr,  # [T, Hq], activations' dtype or fp32, any strides
+    g_slc_ptr,
+    g_swa_ptr,
     cu_seqlens,  # [B + 1] int32, or None
     scale: tl.float32,
     tokens: tl.int32,
@@ -71,6 +102,12 @@ def selected_attention_fwd_kernel(
     stride_kh: tl.int64,
     stride_vt: tl.int64,
     stride_vh: tl.int64,
+    g_cmp_stride_t: tl.int64,
+    g_cmp_stride_h: tl.int64,
+    g_slc_stride_t: tl.int64,
+    g_slc_stride_h: tl.int64,
+    g_swa_stride_t: tl.int64,
+    g_swa_stride_h: tl.int64,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     D_QK: tl.constexpr,
@@ -82,6 +119,7 @@ def selected_attention_fwd_kernel(
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     head = tl.program_id(1)
     token = tokens - 1 - tl.program_id(0)  # late tokens have the most blocks: first
@@ -132,7 +170,19 @@ def selected_attention_fwd_kernel(
     row = token.to(tl.int64) * (heads * G) + head * G + member
     written = member < G
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
-    tl.store(o_ptr + row[:, None] * D_V + dv, (acc * inverse[:, None]).to(o_ptr.dtype.element_ty), mask=written[:, None])
+    g_cmp = 0.0
+    g_slc = 1.0
+    g_swa = 0.0
+    if GATED:
+        g_cmp = gate(g_cmp_ptr, token, head * G + member, g_cmp_stride_t, g_cmp_stride_h, written)
+        g_slc = gate(g_slc_ptr, token, head * G + member, g_slc_stride_t, g_slc_stride_h, written)
+        g_swa = gate(g_swa_ptr, token, head * G + member, g_swa_stride_t, g_swa_stride_h, written)
+    value = acc * inverse[:, None]
+    if GATED:
+        g_cmp = g_cmp[:, None]
+        g_slc = g_slc[:, None]
+        g_swa = g_swa[:, None]
+    write(o_ptr, o_cmp_ptr, o_swa_ptr, row[:, None] * D_V + dv, value, g_cmp, g_slc, g_swa, written[:, None], GATED)
     tl.store(lse_ptr + row, tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf")), mask=written)
 
 
@@ -156,14 +206,16 @@ _attend = Launcher(
 )
 
 
-def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen):
+def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen, gated=None):
     """Attention of every query over its chosen blocks. Needs no workspace.
 
     q [T,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [T,Hkv,n] contiguous → o [T,Hq,Dv], lse [T,Hq] (contiguous).
+    With ``gated`` = (o_cmp, o_swa [T,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [T,Hq]), o is instead the gated sum of the three branches.
     """
+    others, gate_strides, code = gated_arguments(gated)
     tokens, heads = q.shape[0], k.shape[1]
     _attend(
         (tokens, heads),
-        q, k, v, block_indices, o, lse, cu_seqlens, scale, tokens, heads, batch, max_seqlen,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, v, block_indices, o, lse, *others, cu_seqlens, scale, tokens, heads, batch, max_seqlen,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *gate_strides, GATED=code,
     )  # fmt: skip
