@@ -287,3 +287,16 @@ def test_bench_measures(nsa, tmp_path):
     entries = {entry["name"]: entry for entry in result["shapes"][0]["entries"]}
     assert entries["whole forward"]["median_ms"] > entries["sliding attention"]["median_ms"] > 0
     assert result["ceilings"]["copy_tb_s"] > 0.1
+
+
+def test_bench_parts_are_calls_the_operators_take():
+    code = """
+from nsa_gen import bench, spec
+for changes in ({}, {"kv": "per_branch", "compression": {"block": 16, "stride": 8, "pooling": "mlp"}}):
+    chosen = spec.Spec.from_dict(spec.load("tiny").to_dict() | changes)
+    made = bench.parts(chosen, bench.tensors(chosen, 20, "cpu"))
+    assert list(made)[0] == "whole forward" and len(made) == 7
+    made["whole forward"](), made["combine"]()
+"""
+    done = subprocess_python("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
