@@ -168,7 +168,7 @@ def _resolution(found: Examination, section: str, problem: Any, shape: Shape, de
     taken = lookup.resolve(problem, shape, device, digest_of=lambda p, c: render(p, c).digest)
     knobs = " ".join(f"{name}={value}" for name, value in taken.config.values)
     found.add(section, "ok" if taken.exact and not taken.stale else "note", f"{problem.kernel} ({taken.source}): {knobs}")
-    for step in taken.tried:
+    for step in (step for step in taken.tried if taken.row is not None or step not in taken.reason):
         found.add(section, "note", f"    passed over: {step}")
     if taken.row is not None:
         perf = taken.row.perf
