@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .branches import _inputs, combine as _combine, compression, selection, sliding  # isort: skip
-from .branches._inputs import SpecLike, Tokens, check, check_heads, numbers
+from .branches._inputs import Geometry, SpecLike, Tokens, check, check_heads, geometry
 from .config import Shape
 from .errors import InputError, NSAError
 
@@ -82,12 +82,12 @@ def _requires_grad(args: Sequence[Any]) -> bool:
     return False
 
 
-_SEQUENCES = "Tensor? cu_seqlens, str geometry, SymInt batch, SymInt max_seqlen"
+_SEQUENCES = "Tensor? cu_seqlens, str key, SymInt batch, SymInt max_seqlen"
 
 _ATTENTION = f"{_SEQUENCES}, float scale) -> (Tensor, Tensor)"
 _compress = _register(
     "compress",
-    "(Tensor x, Tensor[] weights, Tensor? cu_seqlens, str geometry, str which, SymInt batch, SymInt max_seqlen) -> Tensor",
+    "(Tensor x, Tensor[] weights, Tensor? cu_seqlens, str key, str which, SymInt batch, SymInt max_seqlen) -> Tensor",
     compression.compress_fwd,
     compression.compress_fake,
 )
@@ -125,24 +125,25 @@ _combine_op = _register(
 
 def _forward(
     q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
-    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
+    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``o``, and with ``keep`` all that came before it; else ``o`` overwrites ``o_cmp``. ``k`` and ``v`` are one tensor, or three."""
-    sequences = (cu_seqlens, geometry, batch, max_seqlen, scale)
+    """``o``, and with ``keep`` all that came before it, else the selected branch adds up all three. ``k``, ``v`` are one tensor or three."""
+    sequences = (cu_seqlens, key, batch, max_seqlen, scale)
     q = _inputs.ready(q)
     if k_cmp is None:
-        k_cmp = compression.compress_fwd(k[0], phi_k, cu_seqlens, geometry, "k", batch, max_seqlen)
+        k_cmp = compression.compress_fwd(k[0], phi_k, cu_seqlens, key, "k", batch, max_seqlen)
     if v_cmp is None:
-        v_cmp = compression.compress_fwd(v[0], phi_v, cu_seqlens, geometry, "v", batch, max_seqlen)
+        v_cmp = compression.compress_fwd(v[0], phi_v, cu_seqlens, key, "v", batch, max_seqlen)
     k_slc, k_swa = map(_inputs.ready, k[1:]) if len(k) == 3 else [_inputs.ready(k[0])] * 2
     v_slc, v_swa = map(_inputs.ready, v[1:]) if len(v) == 3 else [_inputs.ready(v[0])] * 2
     o_cmp, lse_cmp = compression.compressed_attention_fwd(q, k_cmp, v_cmp, *sequences)
     block_indices = selection.select_blocks_fwd(q, k_cmp, lse_cmp, *sequences)
-    o_slc, lse_slc = selection.selected_attention_fwd(q, k_slc, v_slc, block_indices, *sequences)
     o_swa, lse_swa = sliding.sliding_attention_fwd(q, k_swa, v_swa, *sequences)
+    gated = None if keep else (o_cmp, o_swa, g_cmp, g_slc, g_swa)
+    o_slc, lse_slc = selection.selected_attention_fwd(q, k_slc, v_slc, block_indices, *sequences, gated)
     shape = Shape(max_seqlen, batch * k_slc.shape[1])
-    o = _combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, shape, None if keep else o_cmp)
+    o = _combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, shape) if keep else o_slc
     return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp
 
 
@@ -163,9 +164,9 @@ def _nsa_attention_save(*args: Any) -> tuple[Tensor, ...]:
 
 def _nsa_attention_save_fake(
     q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
-    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float,
+    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    g, total = numbers(geometry), q.shape[0]
+    g, total = geometry(key), q.shape[0]
     attended = [compression.attention_fake(q, v[-1]) for _ in range(3)]
     block_indices = q.new_empty((total, k[0].shape[1], g.count), dtype=torch.int32)
     rows = compression.rows_of(total, g.stride)
@@ -227,11 +228,11 @@ def nsa_attention(
         SpecError: no such spec, or a broken one.
         NotTuned: ``NSA_GEN_STRICT=1`` and no exact tuned row.
     """
-    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    g, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
     k, v = _three("k", k), _three("v", v)
-    for name, given, dim, axes in (("k", k, spec.head_dim.qk, "[..., Hkv, Dqk]"), ("v", v, spec.head_dim.v, "[..., Hkv, Dv]")):
+    for name, given, dim, axes in (("k", k, g.qk, "[..., Hkv, Dqk]"), ("v", v, g.v, "[..., Hkv, Dv]")):
         for x in given:
-            _check_kv(name, x, q, tokens, heads, dim, spec, axes)
+            _check_kv(name, x, q, tokens, heads, dim, g, axes)
     lead = tokens.lead()
     for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
         check(name, gate, q, (*lead, q.shape[-2]), "[..., Hq]", (q.dtype, torch.float32))
@@ -240,14 +241,14 @@ def nsa_attention(
     if k_cmp is not None:
         if len(phi_k) or len(phi_v):
             raise InputError("phi_k and phi_v are weights of φ, which k_cmp and v_cmp skip: give one or the other")
-        _check_compressed(q, tokens, heads, spec, k_cmp=k_cmp, v_cmp=v_cmp)
+        _check_compressed(q, tokens, heads, g, k_cmp=k_cmp, v_cmp=v_cmp)
     else:
-        compression.check_weights("phi_k", phi_k, k[0], spec)
-        compression.check_weights("phi_v", phi_v, v[0], spec)
+        compression.check_weights("phi_k", phi_k, k[0], g)
+        compression.check_weights("phi_v", phi_v, v[0], g)
     pack = tokens.pack
     args = (
         pack(q), [pack(x) for x in k], [pack(x) for x in v], pack(g_cmp), pack(g_slc), pack(g_swa), list(phi_k), list(phi_v), k_cmp, v_cmp,
-        cu_seqlens, _inputs.geometry_of(spec), tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, spec),
+        cu_seqlens, g.key, tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, g),
     )  # fmt: skip
     saving = torch.is_grad_enabled() and _requires_grad(args)
     return tokens.unpack(_nsa_attention_saving(*args)[0] if saving else _nsa_attention(*args))
@@ -281,13 +282,12 @@ def compress(
     """
     if which not in ("k", "v"):
         raise InputError(f"which must be 'k' or 'v', got {which!r}")
-    spec = _inputs.spec_of(spec)
+    g = _inputs.geometry_of(spec)
     tokens = _inputs.tokens_of("x", x, cu_seqlens, max_seqlen)
-    dim = spec.head_dim.qk if which == "k" else spec.head_dim.v
+    dim = g.qk if which == "k" else g.v
     check("x", x, x, (*x.shape[:-1], dim), f"[..., Hkv, {'Dqk' if which == 'k' else 'Dv'}]")
-    compression.check_weights("weights", weights, x, spec)
-    geometry = _inputs.geometry_of(spec)
-    return _compress(tokens.pack(x), list(weights), cu_seqlens, geometry, which, tokens.batch, tokens.max_seqlen)
+    compression.check_weights("weights", weights, x, g)
+    return _compress(tokens.pack(x), list(weights), cu_seqlens, g.key, which, tokens.batch, tokens.max_seqlen)
 
 
 def compressed_attention(
@@ -314,9 +314,9 @@ def compressed_attention(
     Raises:
         InputError, SpecError, NotTuned: as :func:`nsa_attention`.
     """
-    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
-    _check_compressed(q, tokens, heads, spec, k_cmp=k_cmp, v_cmp=v_cmp)
-    return _unpacked(tokens, _compressed_attention(tokens.pack(q), k_cmp, v_cmp, *_tail(tokens, spec, scale)))
+    g, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_compressed(q, tokens, heads, g, k_cmp=k_cmp, v_cmp=v_cmp)
+    return _unpacked(tokens, _compressed_attention(tokens.pack(q), k_cmp, v_cmp, *_tail(tokens, g, scale)))
 
 
 def select_blocks(
@@ -346,11 +346,11 @@ def select_blocks(
     Raises:
         InputError, SpecError, NotTuned: as :func:`nsa_attention`.
     """
-    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
-    _check_compressed(q, tokens, heads, spec, k_cmp=k_cmp)
+    g, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_compressed(q, tokens, heads, g, k_cmp=k_cmp)
     check("lse", lse, q, q.shape[:-1], "[..., Hq]", (torch.float32,))
     args = (tokens.pack(q).detach(), k_cmp.detach(), tokens.pack(lse).detach())
-    return tokens.unpack(_select_blocks(*args, *_tail(tokens, spec, scale)))
+    return tokens.unpack(_select_blocks(*args, *_tail(tokens, g, scale)))
 
 
 def selected_attention(
@@ -379,12 +379,12 @@ def selected_attention(
     Raises:
         InputError, SpecError, NotTuned: as :func:`nsa_attention`.
     """
-    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
-    _check_kv("k", k, q, tokens, heads, spec.head_dim.qk, spec, "[..., Hkv, Dqk]")
-    _check_kv("v", v, q, tokens, heads, spec.head_dim.v, spec, "[..., Hkv, Dv]")
-    check("block_indices", block_indices, q, (*tokens.lead(), heads, spec.selection.count), "[..., Hkv, n]", (torch.int32,))
+    g, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_kv("k", k, q, tokens, heads, g.qk, g, "[..., Hkv, Dqk]")
+    _check_kv("v", v, q, tokens, heads, g.v, g, "[..., Hkv, Dv]")
+    check("block_indices", block_indices, q, (*tokens.lead(), heads, g.count), "[..., Hkv, n]", (torch.int32,))
     pack = tokens.pack
-    return _unpacked(tokens, _selected_attention(pack(q), pack(k), pack(v), pack(block_indices), *_tail(tokens, spec, scale)))
+    return _unpacked(tokens, _selected_attention(pack(q), pack(k), pack(v), pack(block_indices), *_tail(tokens, g, scale)))
 
 
 def sliding_attention(
@@ -410,11 +410,11 @@ def sliding_attention(
     Raises:
         InputError, SpecError, NotTuned: as :func:`nsa_attention`.
     """
-    spec, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
-    _check_kv("k", k, q, tokens, heads, spec.head_dim.qk, spec, "[..., Hkv, Dqk]")
-    _check_kv("v", v, q, tokens, heads, spec.head_dim.v, spec, "[..., Hkv, Dv]")
+    g, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
+    _check_kv("k", k, q, tokens, heads, g.qk, g, "[..., Hkv, Dqk]")
+    _check_kv("v", v, q, tokens, heads, g.v, g, "[..., Hkv, Dv]")
     pack = tokens.pack
-    return _unpacked(tokens, _sliding_attention(pack(q), pack(k), pack(v), *_tail(tokens, spec, scale)))
+    return _unpacked(tokens, _sliding_attention(pack(q), pack(k), pack(v), *_tail(tokens, g, scale)))
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor) -> Tensor:
@@ -445,16 +445,16 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: T
 # --- what they share -------------------------------------------------------------------------------------------------------------
 
 
-def _begin(q: Tensor, spec: SpecLike, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[Any, Tokens, int]:
-    """The Spec, the sequences, and the number of KV heads of a call with queries ``q``."""
-    spec = _inputs.spec_of(spec)
+def _begin(q: Tensor, spec: SpecLike, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[Geometry, Tokens, int]:
+    """The geometry, the sequences, and the number of KV heads of a call with queries ``q``."""
+    g = _inputs.geometry_of(spec)
     tokens = _inputs.tokens_of("q", q, cu_seqlens, max_seqlen)
-    check("q", q, q, (*q.shape[:-1], spec.head_dim.qk), "[..., Hq, Dqk]")
-    return spec, tokens, _inputs.query_heads(q, spec)
+    check("q", q, q, (*q.shape[:-1], g.qk), "[..., Hq, Dqk]")
+    return g, tokens, _inputs.query_heads(q, g)
 
 
-def _tail(tokens: Tokens, spec: Any, scale: float | None) -> tuple[Any, ...]:
-    return tokens.cu_seqlens, _inputs.geometry_of(spec), tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, spec)
+def _tail(tokens: Tokens, g: Geometry, scale: float | None) -> tuple[Any, ...]:
+    return tokens.cu_seqlens, g.key, tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, g)
 
 
 def _unpacked(tokens: Tokens, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -470,14 +470,14 @@ def _three(name: str, given: Any) -> tuple[Any, ...]:
     return (given,)
 
 
-def _check_kv(name: str, x: Any, q: Tensor, tokens: Tokens, heads: int, dim: int, spec: Any, axes: str) -> None:
-    check_heads(name, x, q.shape[-2], heads, spec)
+def _check_kv(name: str, x: Any, q: Tensor, tokens: Tokens, heads: int, dim: int, g: Geometry, axes: str) -> None:
+    check_heads(name, x, q.shape[-2], heads, g)
     check(name, x, q, (*tokens.lead(), heads, dim), axes)
 
 
-def _check_compressed(q: Tensor, tokens: Tokens, heads: int, spec: Any, **given: Any) -> None:
-    rows = compression.rows_of(tokens.total, spec.compression.stride)
+def _check_compressed(q: Tensor, tokens: Tokens, heads: int, g: Geometry, **given: Any) -> None:
+    rows = compression.rows_of(tokens.total, g.stride)
     for name, x in given.items():
-        check_heads(name, x, q.shape[-2], heads, spec)
-        dim = spec.head_dim.qk if name == "k_cmp" else spec.head_dim.v
-        check(name, x, q, (rows, heads, dim), f"[max(T//{spec.compression.stride}, 1), Hkv, {'Dqk' if name == 'k_cmp' else 'Dv'}]")
+        check_heads(name, x, q.shape[-2], heads, g)
+        dim = g.qk if name == "k_cmp" else g.v
+        check(name, x, q, (rows, heads, dim), f"[max(T//{g.stride}, 1), Hkv, {'Dqk' if name == 'k_cmp' else 'Dv'}]")

@@ -170,8 +170,8 @@ def _selected_default(p: Problem) -> dict[str, Value]:
         "gather_registers": 128 if max(p.head_dim_qk, p.head_dim_v) <= 128 and p.dtype != "float32" else None,
         "DENSE_M": 64,
         "dense_warps": 4,
-        "dense_stages": 2 if p.dtype != "float32" and max(p.head_dim_qk, p.head_dim_v) <= 128 else 1,
-        "dense_registers": None,
+        "dense_stages": 1,
+        "dense_registers": 168 if max(p.head_dim_qk, p.head_dim_v) <= 128 and p.dtype != "float32" else None,
         "MERGE_M": 2,
         "merge_registers": None,
         "merge_warps": 1,
@@ -236,13 +236,14 @@ SPACES["compressed_attention_fwd"] = Space(
         Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (1, 2, 3, 4)),
+        Knob("maxnreg", (None, 168)),
     ),
     defaults={
         "": lambda p: _compressed_default(p, wgmma=False),
         "sm_90": lambda p: _compressed_default(p, wgmma=True),
         "sm_100": lambda p: _compressed_default(p, wgmma=True),
     },
-    safe=lambda p: {"loads": "pointer", **_compressed_tile(p), "num_warps": 4, "num_stages": 1},
+    safe=lambda p: {"loads": "pointer", **_compressed_tile(p), "num_warps": 4, "num_stages": 1, "maxnreg": None},
     illegal=lambda p, c: _compressed_illegal(p, c),
 )
 
@@ -259,19 +260,22 @@ def _compressed_tile(p: Problem) -> dict[str, Value]:
 
 def _compressed_default(p: Problem, wgmma: bool) -> dict[str, Value]:
     if p.dtype == "float32" or (_wide(p) and not wgmma):  # float32 products run on the plain cores: tiles as small as the registers
-        return {"loads": "pointer", **_compressed_tile(p), "num_warps": 4, "num_stages": 1}
+        return {"loads": "pointer", **_compressed_tile(p), "num_warps": 4, "num_stages": 1, "maxnreg": None}
     if _wide(p):
-        return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": None}
     if wgmma:
-        return {"loads": "pointer", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        tiles = "descriptor" if all(dim & (dim - 1) == 0 for dim in (p.head_dim_qk, p.head_dim_v)) else "pointer"
+        return {"loads": tiles, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": None}
     # Without wgmma q lives in registers: more warps, fewer keys a step.
-    return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
+    return {"loads": "pointer", "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": None}
 
 
 def _compressed_illegal(p: Problem, c: Config) -> str | None:
     dims = p.head_dim_qk, p.head_dim_v
     if c.loads == "descriptor" and any(dim & (dim - 1) for dim in dims):
         return f"a descriptor's tile has power-of-two sides, head dims are {dims[0]} and {dims[1]}"
+    if c.maxnreg is not None and (c.num_warps == 8 or c.BLOCK_M > 64):
+        return f"{c.maxnreg} registers let no further program of {c.num_warps} warps on a multiprocessor"
     if c.num_warps == 8 and c.BLOCK_M <= 64:
         return f"8 warps on {c.BLOCK_M} rows leave warps without rows"
     if min(c.BLOCK_M // 2, c.BLOCK_N) < 32 and not _wide(p):

@@ -26,27 +26,44 @@ from ..spec import Spec, load
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SpecLike = Spec | str | PathLike[str]
 
-# --- the geometry of a call, as an operator of torch.library takes it: a text -----------------------------------------------------
+# --- the geometry of a call --------------------------------------------------------------------------------------------------------
 
-_FIELDS = (
-    "heads.query", "heads.kv", "head_dim.qk", "head_dim.v", "compression.block", "compression.stride", "compression.pooling",
-    "compression.hidden", "selection.block", "selection.count", "selection.initial", "selection.local", "selection.mapping", "window",
-)  # fmt: skip
-_TEXTS = ("compression.pooling", "selection.mapping")
+
+class Geometry(NamedTuple):
+    """A spec's ``key`` taken apart: operators of torch.library take the text, ``torch.compile`` folds the numbers to constants."""
+
+    key: str
+    query: int
+    kv: int
+    qk: int
+    v: int
+    block: int
+    stride: int
+    hidden: int
+    selection_block: int
+    count: int
+    initial: int
+    local: int
+    window: int
+    pooling: str
+    mapping: str
+    group: int
+
+
 _named = SimpleNamespace()  # spec by name or path
-_specs: dict[str, Spec] = {}
+_geometries: dict[str, Geometry] = {}
 _problems: dict[tuple[str, str, str, torch.dtype, bool], Problem] = {}
 
 
-def spec_of(spec: SpecLike) -> Spec:
-    """The Spec of a name, path or Spec. A file is read once a process."""
-    if isinstance(spec, Spec):
-        return spec
-    if not isinstance(spec, str | PathLike):
-        raise InputError(f"spec must be a name, a path or a Spec, got {type(spec).__name__}")
-    name = fspath(spec)
-    _load(name)
-    return getattr(_named, name)
+def geometry_of(spec: SpecLike) -> Geometry:
+    """The geometry of a name, path or Spec. A file is read once a process."""
+    if not isinstance(spec, Spec):
+        if not isinstance(spec, str | PathLike):
+            raise InputError(f"spec must be a name, a path or a Spec, got {type(spec).__name__}")
+        name = fspath(spec)
+        _load(name)
+        spec = getattr(_named, name)
+    return _parse(spec.key) if torch.compiler.is_compiling() else geometry(spec.key)
 
 
 @torch.compiler.assume_constant_result
@@ -57,71 +74,38 @@ def _load(name: str) -> bool:
     return True
 
 
-def geometry_of(spec: Spec) -> str:
-    """All of a spec that changes results, as text; what ``torch.compile`` writes in its graphs. :func:`_decode` reads it."""
-    if torch.compiler.is_compiling():
-        return _encode(spec)
-    found = spec.__dict__.get("_geometry")
+def geometry(key: str) -> Geometry:
+    """The geometry with this ``key``, which another process may have written into a compiled graph."""
+    found = _geometries.get(key)
     if found is None:
-        found = _encode(spec)
-        object.__setattr__(spec, "_geometry", found)  # hashing a Spec on every call would cost more than a launch
+        found = _geometries[key] = _parse(key)
     return found
 
 
-def _encode(spec: Spec) -> str:
-    heads, dim, c, s = spec.heads, spec.head_dim, spec.compression, spec.selection
-    return (
-        f"{heads.query} {heads.kv} {dim.qk} {dim.v} {c.block} {c.stride} {c.pooling} {c.hidden or 0} "
-        f"{s.block} {s.count} {s.initial} {s.local} {s.mapping} {spec.window}"
-    )
+def _parse(key: str) -> Geometry:
+    *numbers, pooling, mapping = key.split(" ")
+    n = [int(number) for number in numbers]
+    return Geometry(key, *n, pooling, mapping, n[0] // n[1])
 
 
-def _decode(geometry: str) -> Spec:
-    """The spec of a geometry (also one that another process wrote); name and dtype mean nothing."""
-    found = _specs.get(geometry)
-    if found is None:
-        data: dict[str, Any] = {"schema": 1, "name": "op", "dtype": "float32"}
-        for name, text in zip(_FIELDS, geometry.split(" "), strict=True):
-            section, _, part = name.partition(".")
-            value = text if name in _TEXTS else int(text)
-            if not part:
-                data[section] = value
-            elif (name, value) != ("compression.hidden", 0):
-                data.setdefault(section, {})[part] = value
-        found = _specs[geometry] = Spec.from_dict(data)
-    return found
+def _spec(g: Geometry, dtype: torch.dtype) -> Spec:
+    """A spec of this geometry; its name means nothing."""
+    pooling: dict[str, Any] = {"block": g.block, "stride": g.stride, "pooling": g.pooling} | ({"hidden": g.hidden} if g.hidden else {})
+    chosen = {"block": g.selection_block, "count": g.count, "initial": g.initial, "local": g.local, "mapping": g.mapping}
+    return Spec.from_dict(
+        {
+            "schema": 1, "name": "operator", "dtype": str(dtype).removeprefix("torch."), "heads": {"query": g.query, "kv": g.kv},
+            "head_dim": {"qk": g.qk, "v": g.v}, "compression": pooling, "selection": chosen, "window": g.window,
+        }
+    )  # fmt: skip
 
 
-class Geometry(NamedTuple):
-    """The numbers of a spec that hosts and fakes need."""
-
-    group: int
-    stride: int
-    head_dim_v: int
-    selection_block: int
-    count: int
-
-
-_geometries: dict[str, Geometry] = {}
-
-
-def numbers(geometry: str) -> Geometry:
-    """The numbers in a geometry's text."""
-    found = _geometries.get(geometry)
-    if found is None:
-        spec = _decode(geometry)
-        made = Geometry(spec.group, spec.compression.stride, spec.head_dim.v, spec.selection.block, spec.selection.count)
-        found = _geometries[geometry] = made
-    return found
-
-
-def kernel(name: str, geometry: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Callable[..., None]:
+def kernel(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Callable[..., None]:
     """The host function of kernel ``name`` for tensors like ``x``. The dtype is that of ``x``: a spec's own is what it is tuned for."""
-    key = (name, which, geometry, x.dtype, cu_seqlens is not None)
-    problem = _problems.get(key)
+    exact = (name, which, key, x.dtype, cu_seqlens is not None)
+    problem = _problems.get(exact)
     if problem is None:
-        spec = _decode(geometry).replace(dtype=str(x.dtype).removeprefix("torch."))
-        problem = _problems[key] = problem_of(name, spec, varlen=key[4], which=which)
+        problem = _problems[exact] = problem_of(name, _spec(geometry(key), x.dtype), varlen=exact[4], which=which)
     return getattr(kernels.get(problem, shape, kernels.device_of(x)), name)
 
 
@@ -219,16 +203,16 @@ def tokens_of(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int |
     return Tokens(total, batch, max_seqlen, cu_seqlens, None)
 
 
-def query_heads(q: Tensor, spec: Spec) -> int:
+def query_heads(q: Tensor, g: Geometry) -> int:
     """KV heads of a call with queries ``q [...,Hq,D]``: any number, the group is the spec's.
 
     Raises:
         InputError: the query heads are no whole number of groups.
     """
-    heads, group = q.shape[-2], spec.group
-    if heads % group:
-        raise InputError(f"q has {heads} heads, spec {spec.name} has groups of {group} query heads: allowed are multiples of {group}")
-    return heads // group
+    heads = q.shape[-2]
+    if heads % g.group:
+        raise InputError(f"q has {heads} heads, the spec has groups of {g.group} query heads: allowed are multiples of {g.group}")
+    return heads // g.group
 
 
 def check(name: str, x: Any, like: Tensor, shape: tuple[int, ...], axes: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
@@ -255,7 +239,7 @@ def check(name: str, x: Any, like: Tensor, shape: tuple[int, ...], axes: str, dt
     raise InputError(f"{name}.dtype: {allowed(x.dtype, dtypes or (like.dtype,))}" + ("" if dtypes else " (the first argument's)"))
 
 
-def check_heads(name: str, x: Any, heads_query: int, heads: int, spec: Spec) -> None:
+def check_heads(name: str, x: Any, heads_query: int, heads: int, g: Geometry) -> None:
     """Hold the KV heads of ``x [...,Hkv,D]`` to ``heads``, with the group in the message.
 
     Raises:
@@ -265,19 +249,17 @@ def check_heads(name: str, x: Any, heads_query: int, heads: int, spec: Spec) -> 
         return
     given = x.shape[-2]
     whole = "" if given and heads_query % given == 0 else ", which is no whole group"
-    raise InputError(
-        f"{name} has {given} heads for {heads_query} query heads{whole}; spec {spec.name} has groups of {spec.group}: allowed is {heads}"
-    )
+    raise InputError(f"{name} has {given} heads for {heads_query} query heads{whole}; the spec has groups of {g.group}: allowed is {heads}")
 
 
-def scale_of(scale: float | None, spec: Spec) -> float:
+def scale_of(scale: float | None, g: Geometry) -> float:
     """The factor on q·k; default ``Dqk**-0.5``.
 
     Raises:
         InputError: not a positive finite number.
     """
     if scale is None:
-        return spec.head_dim.qk**-0.5
+        return g.qk**-0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < math.inf):
         raise InputError(f"scale must be a positive finite number, got {scale!r}")
     return float(scale)

@@ -19,16 +19,14 @@ def _problem(dtype: torch.dtype, head_dim: int) -> Problem:
 
 def combine_fwd(
     o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, shape: Shape | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``o_* [T,Hq,Dv]``, ``g_* [T,Hq]`` → ``o [T,Hq,Dv]``.
 
     Args:
         shape: the call's sizes, which choose the config; default: one sequence of all tokens, as many KV as query heads.
-        out: where to write; may be one of ``o_*``, as every element is read before it is written.
     """
     total, heads, dim = o_cmp.shape
-    o = torch.empty((total, heads, dim), dtype=o_cmp.dtype, device=o_cmp.device) if out is None else out
+    o = torch.empty((total, heads, dim), dtype=o_cmp.dtype, device=o_cmp.device)
     if total:
         found = kernels.get(_problem(o_cmp.dtype, dim), shape or Shape(total, heads), kernels.device_of(o_cmp))
         found.combine_fwd(ready(o_cmp), ready(o_slc), ready(o_swa), g_cmp, g_slc, g_swa, o)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..config import Shape
 from ..errors import InputError
-from ..spec import Spec
-from ._inputs import check, check_values, kernel, numbers, ready, ready_flat
+from ._inputs import Geometry, check, check_values, geometry, kernel, ready, ready_flat
 
 
 def rows_of(total: int, stride: int) -> int:
@@ -16,58 +15,53 @@ def rows_of(total: int, stride: int) -> int:
     return torch.sym_max(total // stride, 1)
 
 
-def check_weights(name: str, weights: tuple[Tensor, ...], x: Tensor, spec: Spec) -> None:
-    """Hold the weights of φ to the pooling of ``spec`` and the heads and head dim of ``x [...,Hkv,D]``.
+def check_weights(name: str, weights: tuple[Tensor, ...], x: Tensor, g: Geometry) -> None:
+    """Hold the weights of φ to the pooling of the spec and the heads and head dim of ``x [...,Hkv,D]``.
 
     Raises:
         InputError: too many or few, wrong shapes, dtype or device.
     """
     heads, dim = x.shape[-2:]
-    c = spec.compression
-    hidden, reach = c.hidden or dim, c.block * dim
+    hidden, reach = g.hidden or dim, g.block * dim
     wanted = {
         "mean": (),
-        "weighted": (("weight", (heads, c.block), "[Hkv, l]"),),
+        "weighted": (("weight", (heads, g.block), "[Hkv, l]"),),
         "linear": (("weight", (heads, reach, dim), "[Hkv, l*D, D]"),),
         "mlp": (
             ("w1", (heads, reach, hidden), "[Hkv, l*D, hidden]"),
             ("b1", (heads, hidden), "[Hkv, hidden]"),
             ("w2", (heads, hidden, dim), "[Hkv, hidden, D]"),
             ("b2", (heads, dim), "[Hkv, D]"),
-            ("pos", (heads, c.block, dim), "[Hkv, l, D]"),
+            ("pos", (heads, g.block, dim), "[Hkv, l, D]"),
         ),
-    }[c.pooling]
+    }[g.pooling]
     if not isinstance(weights, tuple | list) or len(weights) != len(wanted):
         given = f"{len(weights)}" if isinstance(weights, tuple | list) else type(weights).__name__
         need = ", ".join(part for part, _, _ in wanted)
-        raise InputError(f"{name}: pooling {c.pooling} of spec {spec.name} takes {len(wanted)} tensors ({need}), got {given}")
+        raise InputError(f"{name}: pooling {g.pooling} of the spec takes {len(wanted)} tensors ({need}), got {given}")
     for (part, shape, axes), weight in zip(wanted, weights, strict=True):
         check(f"{name} ({part})", weight, x, shape, axes)
 
 
-def compress_fwd(
-    x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, geometry: str, which: str, batch: int, max_seqlen: int
-) -> Tensor:
+def compress_fwd(x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, key: str, which: str, batch: int, max_seqlen: int) -> Tensor:
     """``x [T,Hkv,D]`` → ``[max(T//d,1),Hkv,D]``."""
     total, heads, dim = x.shape
     check_values(cu_seqlens, total, max_seqlen)
-    out = torch.empty((max(total // numbers(geometry).stride, 1), heads, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty((max(total // geometry(key).stride, 1), heads, dim), dtype=x.dtype, device=x.device)
     if total and batch:
-        run = kernel("compress_fwd", geometry, x, cu_seqlens, Shape(max_seqlen, batch * heads), which)
+        run = kernel("compress_fwd", key, x, cu_seqlens, Shape(max_seqlen, batch * heads), which)
         run(ready(x), tuple(map(ready_flat, weights)), out, cu_seqlens, batch, max_seqlen)
     else:
         out.zero_()
     return out
 
 
-def compress_fake(
-    x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, geometry: str, which: str, batch: int, max_seqlen: int
-) -> Tensor:
-    return x.new_empty((rows_of(x.shape[0], numbers(geometry).stride), *x.shape[1:]))
+def compress_fake(x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, key: str, which: str, batch: int, max_seqlen: int) -> Tensor:
+    return x.new_empty((rows_of(x.shape[0], geometry(key).stride), *x.shape[1:]))
 
 
 def compressed_attention_fwd(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """``q [T,Hq,Dqk]``, ``k_cmp``, ``v_cmp [max(T//d,1),Hkv,·]`` → ``o [T,Hq,Dv]``, ``lse [T,Hq]``."""
     total, heads = q.shape[:2]
@@ -75,7 +69,7 @@ def compressed_attention_fwd(
     o = torch.empty((total, heads, v_cmp.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((total, heads), dtype=torch.float32, device=q.device)
     if total:
-        run = kernel("compressed_attention_fwd", geometry, q, cu_seqlens, Shape(max_seqlen, batch * k_cmp.shape[1]))
+        run = kernel("compressed_attention_fwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k_cmp.shape[1]))
         run(ready(q), ready(k_cmp), ready(v_cmp), o, lse, scale, cu_seqlens, batch, max_seqlen)
     return o, lse
 
@@ -87,6 +81,6 @@ def attention_fake(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compressed_attention_fake(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Tensor | None, geometry: str, batch: int, max_seqlen: int, scale: float
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     return attention_fake(q, v_cmp)
