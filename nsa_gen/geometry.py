@@ -238,6 +238,8 @@ class Spec(_Checked):
         kv: ``shared``: one K and V for all branches; ``per_branch``: three (the paper's 3.3.3).
         tune: shapes to tune for; they do not bound what the kernels take.
 
+    ``key`` (str) holds the numbers and choices that decide results, as operators pass them on.
+
     Raises:
         SpecError: a value is not allowed or the shape is impossible; ``field`` says which.
     """
@@ -282,6 +284,9 @@ class Spec(_Checked):
                 f"got {compression.block}, allowed: multiples of {compression.stride} up to {selection.block}",
                 field="compression.block",
             )
+        dim, c, s = self.head_dim, compression, selection
+        numbers = (heads.query, heads.kv, dim.qk, dim.v, c.block, c.stride, c.hidden or 0, s.block, s.count, s.initial, s.local)
+        object.__setattr__(self, "key", " ".join(map(str, (*numbers, self.window, c.pooling, s.mapping))))  # read on every call
 
     @property
     def group(self) -> int:

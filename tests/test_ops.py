@@ -203,7 +203,7 @@ _BAD = {
     "dtype": ({"q": lambda x: x.double()}, "torch.float64, allowed: torch.bfloat16"),
     "mixed dtypes": ({"k": lambda x: x.half()}, "k.dtype: got torch.float16, allowed: torch.float32"),
     "device": ({"v": lambda x: x.to("meta")}, "v is on meta"),
-    "group": ({"q": lambda x: x[:, :3]}, "3 heads, spec tiny has groups of 2"),
+    "group": ({"q": lambda x: x[:, :3]}, "3 heads, the spec has groups of 2"),
     "no whole group": ({"k": lambda x: x[:, :1].expand(-1, 3, -1)}, "3 heads for 4 query heads, which is no whole group"),
     "kv heads": ({"v": lambda x: x[:, :1]}, "v has 1 heads for 4 query heads"),
     "head dim": ({"q": lambda x: x[..., :8]}, r"\[20, 4, 16\], got \[20, 4, 8\]"),
@@ -223,7 +223,7 @@ _BAD = {
     "max_seqlen alone": ({"max_seqlen": lambda x: 12}, "leave it out"),
     "scale": ({"scale": lambda x: 0.0}, "scale must be a positive finite number, got 0.0"),
     "one of two": ({"k_cmp": lambda x: torch.zeros(5, 2, 16)}, "k_cmp and v_cmp go together"),
-    "phi": ({"phi_k": lambda x: (torch.zeros(2, 8),)}, "pooling mean of spec tiny takes 0 tensors"),
+    "phi": ({"phi_k": lambda x: (torch.zeros(2, 8),)}, "pooling mean of the spec takes 0 tensors"),
     "spec": ({"spec": lambda x: 7}, "spec must be a name"),
 }
 
@@ -317,7 +317,7 @@ def test_compiled_is_eager(dynamic):
 def _op_arguments() -> dict[str, tuple]:
     x = packed((20,))
     q, k, v, gates = x["q"], x["k"], x["v"], (x["g_cmp"], x["g_slc"], x["g_swa"])
-    tail = (None, _inputs.geometry_of(SPEC), 1, 20)
+    tail = (None, SPEC.key, 1, 20)
     k_cmp = ops._compress(k, [], *tail[:2], "k", 1, 20)
     lse = torch.zeros(20, HQ, device=DEVICE)
     chosen = nsa_gen.select_blocks(q, k_cmp, lse, spec=SPEC)
@@ -341,12 +341,24 @@ def test_operators_keep_the_rules_of_torch_library():
         assert set(found.values()) == {"SUCCESS"}, name
 
 
-def test_a_geometry_survives_as_text():
-    for name in ("tiny", "nsa-paper", "gqa5-d128"):
-        spec = load(name)
-        decoded = _inputs._decode(_inputs.geometry_of(spec))
-        kept = ("heads", "head_dim", "compression", "selection", "window")
-        assert all(getattr(decoded, part) == getattr(spec, part) for part in kept)
+@pytest.mark.parametrize("name", ["tiny", "nsa-paper", "gqa5-d128"])
+def test_a_geometry_survives_as_text(name):
+    spec = load(name)
+    found = _inputs._spec(_inputs._parse(spec.key), torch.float16)
+    assert (found.key, found.dtype, found.group) == (spec.key, "float16", spec.group)
+    for part in ("heads", "head_dim", "compression", "selection", "window"):
+        assert getattr(found, part) == getattr(spec, part)
+
+
+def test_one_compiled_function_serves_several_specs():
+    """Numbers of a spec stay constants where ``torch.compile`` would make changing integers symbolic."""
+    torch._dynamo.reset()
+    x = packed((9,))
+    step = torch.compile(lambda spec: nsa_gen.sliding_attention(x["q"], x["k"], x["v"], spec=spec)[0], fullgraph=True, backend="eager")
+    for window in (24, 3, 5):
+        spec = SPEC.replace(window=window)
+        close(step(spec), reference.sliding_attention(x["q"].double(), x["k"].double(), x["v"].double(), window)[0])
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu
