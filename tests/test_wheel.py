@@ -34,7 +34,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory) -> Path:
-    """Python of a fresh environment with the wheel; torch, triton and the other dependencies are those of this session."""
+    """Python of a fresh environment with the wheel; torch, triton and the other dependencies are those this test runs with."""
     home = tmp_path_factory.mktemp("venv")
     sh(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
     python = home / "bin" / "python"
@@ -42,7 +42,7 @@ def installed(built, tmp_path_factory) -> Path:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(site)
     # After the wheel on the path; an editable install of the checkout is a .pth file there, which is not read from here.
-    (site / "session.pth").write_text("\n".join(dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))))
+    (site / "current.pth").write_text("\n".join(dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))))
     return python
 
 
