@@ -128,7 +128,7 @@ def _forward(
     k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``o``, and with ``keep`` all that came before it, else the selected branch adds up all three. ``k``, ``v`` are one tensor or three."""
+    """``o``, and with ``keep`` all that came before it; else the selected branch adds up all three. ``k``, ``v``: one tensor or three."""
     sequences = (cu_seqlens, key, batch, max_seqlen, scale)
     q = _inputs.ready(q)
     if k_cmp is None:

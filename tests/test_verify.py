@@ -72,13 +72,12 @@ def test_an_exception_is_one_failed_case(monkeypatch):
 
 def test_a_wrong_selection_is_found(monkeypatch):
     def other_block(scores, block_indices, *rest):
-        rows = block_indices[(block_indices[..., 3] > 4) & (block_indices[..., 1] > 1)]
-        if len(rows):
-            block_indices[..., 1][(block_indices[..., 3] > 4) & (block_indices[..., 1] > 1)] = 1
+        block_indices[..., 1][(block_indices[..., 3] > 4) & (block_indices[..., 1] > 1)] = 1
 
     _break(monkeypatch, "select_topk", other_block)
-    report = verify.run("tiny", kernels=["nsa_attention"])
-    ragged = next(r for r in report.results if r.case == "ragged")
+    cases = verify._cases
+    monkeypatch.setattr(verify, "_cases", lambda *args: (case for case in cases(*args) if case[:2] == ("nsa_attention", "ragged")))
+    (ragged,) = verify.run("tiny").results
     assert not ragged.ok and "block_indices differ" in ragged.message
 
 
