@@ -3,7 +3,8 @@
     python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,compile,graph,long]
 
 * ``verify``: every shipped spec's kernels on edge cases and its whole forward against the float64 reference (``nsa-gen verify``).
-* ``memcheck``: one ragged case of each kernel under ``compute-sanitizer --tool memcheck``, allocations uncached so that a byte past a tensor counts.
+* ``memcheck``: one ragged case of each kernel under ``compute-sanitizer --tool memcheck``, with uncached allocations, so that a byte past a
+  tensor counts.
 * ``compile``, ``graph``: ``torch.compile(fullgraph=True)`` and CUDA-graph capture of the forward equal the eager result bit for bit.
 * ``long``: 512k tokens run, with the memory taken beyond inputs and output.
 
@@ -54,7 +55,7 @@ def _forward(seqlen: int) -> tuple[Callable[..., object], dict[str, object]]:
     spec = load("gqa16-d128")
     given = bench.tensors(spec, seqlen)
 
-    def forward(q, k, v, g_cmp, g_slc, g_swa, phi_k, phi_v):  # noqa: ANN001, ANN202
+    def forward(q, k, v, g_cmp, g_slc, g_swa, phi_k, phi_v):
         return ops.nsa_attention(q, k, v, g_cmp, g_slc, g_swa, spec=spec, phi_k=phi_k, phi_v=phi_v)
 
     return forward, given

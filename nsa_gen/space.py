@@ -14,7 +14,7 @@ class Knob:
     """One choice the tuner makes.
 
     Args:
-        name: as the template reads it (``c.<name>``); lower case for structure, upper case for tile sizes, Triton's names for launch options.
+        name: as the template reads it (``c.<name>``); lower case for structure, upper case for tile sizes, else Triton's launch options.
         values: what it may be.
         when: other knobs' values under which it exists, e.g. ``{"loop": ("kv_outer",)}``; elsewhere it is absent from a config.
     """
