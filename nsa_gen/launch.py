@@ -3,8 +3,8 @@
 ``JITFunction.run`` specialises every integer on its value on every call. Rendered kernels never need that: integer types come
 from annotations, pointers are 16-byte aligned and parameters named ``stride_*`` are multiples of 8 by convention (docs/design.md). The
 compiler is told so in the signature, as ``tl.multiple_of`` on a kernel's own parameter is lost, and with it wide loads and pipelining. So
-a kernel is compiled once from an explicit signature, and a launch is one dictionary look-up and one call of the compiled kernel. The same signature code serves
-ahead-of-time compilation without a GPU: under :func:`recording`, launches become :class:`Job` s.
+a kernel is compiled once from an explicit signature, and a launch is one dictionary look-up and one call of the compiled kernel. The
+same signature code serves ahead-of-time compilation without a GPU: under :func:`recording`, launches become :class:`Job` s.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ SPACES["selected_attention_fwd"] = Space(
         Knob("num_stages", (1, 2, 3), {"loop": ("query_outer",)}),
         # kv_outer: tokens a chunk, queries a gather program, rows of its tiles, of the dense kernel's and the merge kernel's.
         Knob("CHUNK", (2048, 4096, 8192, 16384, 32768, 65536), {"loop": ("kv_outer",)}),
-        Knob("ENTRIES", (64, 128, 256, 512, 1024), {"loop": ("kv_outer",)}),
+        Knob("ENTRIES", (32, 64, 128, 256, 512, 1024), {"loop": ("kv_outer",)}),
         Knob("GATHER_M", (64, 128), {"loop": ("kv_outer",)}),
         Knob("gather_warps", (4, 8), {"loop": ("kv_outer",)}),
         Knob("gather_stages", (1, 2), {"loop": ("kv_outer",)}),
