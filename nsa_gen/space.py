@@ -285,17 +285,21 @@ def _compressed_illegal(p: Problem, c: Config) -> str | None:
 
 SPACES["importance_fwd"] = Space(
     knobs=(
+        Knob("loads", ("pointer", "descriptor")),
         Knob("BLOCK_T", (16, 32, 64, 128)),
         Knob("BLOCK_K", (32, 64, 128, 256)),
+        # Token tiles that one program walks with its key tile.
+        Knob("TILES", (1, 2, 4, 8)),
         Knob("num_warps", (4, 8)),
         Knob("num_stages", (1, 2, 3)),
+        Knob("maxnreg", (None, 168)),
     ),
     defaults={
-        "": lambda p: _importance_default(p, wgmma=False),
-        "sm_90": lambda p: _importance_default(p, wgmma=True),
-        "sm_100": lambda p: _importance_default(p, wgmma=True),
+        "": lambda p: _importance_default(p, num_warps=8),
+        "sm_90": lambda p: _importance_default(p, loads="descriptor", maxnreg=168),  # three programs a multiprocessor
+        "sm_100": lambda p: _importance_default(p, loads="descriptor"),
     },
-    safe=lambda p: {"BLOCK_T": 16 if _wide(p) else 32, "BLOCK_K": _key_tile(p, 32 if _wide(p) else 64), "num_warps": 4, "num_stages": 1},
+    safe=lambda p: _importance_config(p, 16 if _wide(p) else 32, _key_tile(p, 32 if _wide(p) else 64), num_stages=1),
     illegal=lambda p, c: _importance_illegal(p, c),
 )
 
@@ -306,18 +310,32 @@ def _key_tile(p: Problem, least: int) -> int:
     return next((size for size in (32, 64, 128, 256) if size >= max(least, lags * (p.selection_block // p.stride))), 256)
 
 
-def _importance_default(p: Problem, wgmma: bool) -> dict[str, Value]:
+def _importance_config(p: Problem, rows: int, keys: int, **others: Value) -> dict[str, Value]:
+    # A short group takes little time with a token tile: more tiles share a program's keys.
+    known = {"loads": "pointer", "TILES": 4 if p.group > 4 else 8, "num_warps": 4, "num_stages": 2, "maxnreg": None}
+    return known | {"BLOCK_T": rows, "BLOCK_K": keys} | others
+
+
+def _importance_default(p: Problem, **others: Value) -> dict[str, Value]:
     if p.dtype == "float32":
-        return {"BLOCK_T": 16, "BLOCK_K": _key_tile(p, 32), "num_warps": 4, "num_stages": 1}
+        return _importance_config(p, 16, _key_tile(p, 32), num_stages=1)
     if p.head_dim_qk > 128:
-        return {"BLOCK_T": 32, "BLOCK_K": _key_tile(p, 64), "num_warps": 4, "num_stages": 1}
-    tile = _key_tile(p, 128)
-    return {"BLOCK_T": 64, "BLOCK_K": tile, "num_warps": 4 if wgmma and tile == 128 else 8, "num_stages": 2}
+        return _importance_config(p, 32, _key_tile(p, 64), num_stages=1)
+    keys = _key_tile(p, 128)
+    if keys > 128:
+        return _importance_config(p, 64, keys, num_warps=8)
+    if p.head_dim_qk & (p.head_dim_qk - 1) and others.get("loads") == "descriptor":
+        return _importance_config(p, 64, keys)
+    return _importance_config(p, 64, keys, **others)
 
 
 def _importance_illegal(p: Problem, c: Config) -> str | None:
     if _key_tile(p, 32) > c.BLOCK_K:
         return f"a tile of {c.BLOCK_K} compressed keys holds no selection block of {p.selection_block} tokens beside its halo"
+    if c.loads == "descriptor" and p.head_dim_qk & (p.head_dim_qk - 1):
+        return f"a descriptor's tile has power-of-two sides, the head dim is {p.head_dim_qk}"
+    if c.loads == "descriptor" and c.num_stages == 1:
+        return "descriptor loads without a pipeline"
     if c.BLOCK_T * c.BLOCK_K // c.num_warps > 64 * 128 // 4:
         return "two score tiles need more registers than the warps have"
     if c.num_warps == 8 and c.BLOCK_T * c.BLOCK_K <= 32 * 64:

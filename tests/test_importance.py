@@ -54,8 +54,8 @@ def run(p: Problem, c: Config, seqlens=RAGGED, heads=2, spread=1.0, scale=None, 
     module = loader.load(render.render(p, c))
     step = -(-tokens // chunks)
     for first in range(0, tokens, step):
-        last = min(first + step, tokens)
-        module.importance_fwd(q, k_cmp, lse.float(), scores[first:last], scale, first, last, cu, len(seqlens), max(seqlens))
+        part = slice(first, first + step)
+        module.importance_fwd(q[part], k_cmp, lse[part].float(), scores[part], scale, first, cu, len(seqlens), max(seqlens))
     want = reference.importance(q, k_cmp, lse, *geometry, p.selection_block, p.mapping, scale, starts, dtype=torch.float64)
     position = torch.cat([torch.arange(length) for length in seqlens])
     defined = torch.arange(blocks - 1) <= (position // p.selection_block)[:, None]
@@ -108,7 +108,7 @@ def test_weights_of_one_certain_key(mapping):
         k_cmp[certain] = 0.0
         scores = torch.full((1, 1, tokens // selection_block), float("nan"), device=DEVICE)
         lse = torch.zeros(tokens, 1, device=DEVICE)
-        module.importance_fwd(q, k_cmp, lse, scores, 1.0, tokens - 1, tokens, None, 1, tokens)
+        module.importance_fwd(q[-1:], k_cmp, lse[-1:], scores, 1.0, tokens - 1, None, 1, tokens)
         want = [0.0] * (tokens // selection_block)
         for i in range(len(want)):
             lag, r = divmod(certain - i * per_block, per_block)
@@ -118,11 +118,82 @@ def test_weights_of_one_certain_key(mapping):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{"BLOCK_T": 64}, {"BLOCK_T": 128, "num_warps": 8}, {"BLOCK_K": 128}, {"BLOCK_K": 256, "num_warps": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"BLOCK_T": 64},
+        {"BLOCK_T": 128, "num_warps": 8},
+        {"BLOCK_K": 128},
+        {"BLOCK_K": 256, "num_warps": 8},
+        {"TILES": 1},
+        {"TILES": 2, "BLOCK_T": 64},
+        {"loads": "descriptor", "num_stages": 2},
+        {"loads": "descriptor", "num_stages": 3, "TILES": 8, "BLOCK_T": 64, "maxnreg": 168},
+    ],
+)
 def test_configs_do_not_change_results(changes):
-    """Several key tiles with their halo."""
+    """Several key tiles with their halo, walks of several token tiles that begin anywhere."""
     p = problem(block=8, stride=4, selection_block=16)
-    run(p, config(p, **changes), seqlens=(50, 3, 701), heads=1)
+    seqlens = (50, 3, 701)
+    whole = run(p, config(p, **changes), seqlens=seqlens, heads=1)
+    assert torch.equal(whole.nan_to_num(-1.0), run(p, config(p), seqlens=seqlens, heads=1).nan_to_num(-1.0))
+
+
+@runs
+@pytest.mark.parametrize("loads", ["pointer", "descriptor"])
+@pytest.mark.parametrize("layout", ["sliced", "heads first", "one row expanded"])
+def test_strides_of_queries(loads, layout):
+    """The descriptor's rows hold all heads of a token; other layouts are copied."""
+    p = problem(varlen=False)
+    chosen, tokens, heads = config(p, loads=loads, num_stages=2), 100, 2
+    torch.manual_seed(0)
+    shape = (tokens, heads * p.group, p.head_dim_qk)
+    q = {
+        "sliced": torch.randn(tokens + 5, 7, 64, device=DEVICE)[5:, 2:6, 32:48],
+        "heads first": torch.randn(heads * p.group, tokens, p.head_dim_qk, device=DEVICE).transpose(0, 1),
+        "one row expanded": torch.randn(1, *shape[1:], device=DEVICE).expand(shape),
+    }[layout]
+    k_cmp = torch.randn(tokens // p.stride, heads, p.head_dim_qk, device=DEVICE)
+    geometry = (p.block, p.stride)
+    _, lse = reference.compressed_attention(q, k_cmp, k_cmp, *geometry, 0.25, (0, tokens), dtype=torch.float64)
+    scores = torch.full((tokens, heads, 2), float("nan"), device=DEVICE)
+    loader.load(render.render(p, chosen)).importance_fwd(q, k_cmp, lse.float(), scores, 0.25, 0, None, 1, tokens)
+    want = reference.importance(q, k_cmp, lse, *geometry, p.selection_block, p.mapping, 0.25, (0, tokens), dtype=torch.float64)
+    defined = torch.arange(2) <= (torch.arange(tokens) // p.selection_block)[:, None]
+    picked = defined[:, None].expand(-1, heads, -1)
+    torch.testing.assert_close(scores[picked].double(), want[picked], atol=1e-6, rtol=2e-5)
+    # The stride of a single token means nothing.
+    one, single = q[-1:].as_strided((1, *shape[1:]), (2**31 + 3, *q.stride()[1:]), q[-1:].storage_offset()), scores[-1:].clone()
+    scores[-1:] = float("nan")
+    loader.load(render.render(p, chosen)).importance_fwd(one, k_cmp, lse[-1:].float(), scores[-1:], 0.25, tokens - 1, None, 1, tokens)
+    assert torch.equal(scores[-1:], single)
+
+
+@runs
+@pytest.mark.parametrize("mapping", ["overlap", "literal"])
+def test_sums_keep_float32_accuracy(mapping):
+    """Probabilities that are powers of two are exact, so all error is that of the sums, over 1024 keys and 16 heads."""
+    block, stride, selection_block, tokens = 32, 16, 64, 16 * 1024
+    p = problem(group=16, block=block, stride=stride, selection_block=selection_block, mapping=mapping, varlen=False)
+    torch.manual_seed(0)
+    rows = tokens // stride
+    exponent = torch.randint(-12, 1, (rows,), device=DEVICE)
+    k_cmp = torch.zeros(rows, 1, 16, device=DEVICE)
+    k_cmp[:, 0, 0] = exponent
+    q = torch.zeros(64, 16, 16, device=DEVICE)
+    q[..., 0] = 1.0
+    lse = torch.zeros(64, 16, device=DEVICE)
+    scores = torch.full((64, 1, tokens // selection_block), float("nan"), device=DEVICE)
+    scale = 0.6931471805599453  # of one power of two
+    c = config(p, BLOCK_T=64, BLOCK_K=128)
+    loader.load(render.render(p, c)).importance_fwd(q, k_cmp, lse, scores, scale, tokens - 64, None, 1, tokens)
+    visible = torch.arange(rows, device=DEVICE)[None, :] * stride + block - 1 <= torch.arange(tokens - 64, tokens, device=DEVICE)[:, None]
+    prob = torch.where(visible, 16 * torch.exp2(exponent.double()), 0.0)
+    want = torch.zeros(64, tokens // selection_block, dtype=torch.float64, device=DEVICE)
+    for lag, counts in enumerate(overlap_weights(block, stride, selection_block, mapping)):
+        part = (prob.view(64, -1, len(counts)) * torch.tensor(counts, device=DEVICE)).sum(2)
+        want[:, lag:] += part[:, : part.shape[1] - lag]
+    torch.testing.assert_close(scores[:, 0].double(), want, atol=0.0, rtol=1e-6)
 
 
 @runs
@@ -198,3 +269,7 @@ def test_illegal_configs():
         config(problem(block=64, stride=1), BLOCK_K=64)
     with pytest.raises(ConfigError, match="registers"):
         config(problem(), BLOCK_T=128, BLOCK_K=256)
+    with pytest.raises(ConfigError, match="power-of-two"):
+        config(problem(qk=96), loads="descriptor", num_stages=2)
+    with pytest.raises(ConfigError, match="pipeline"):
+        config(problem(), loads="descriptor")
