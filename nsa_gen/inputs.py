@@ -84,17 +84,17 @@ class Case:
             case "compress_fwd":
                 host(t["x"], t["weights"], o["out"], *tail)
             case "compressed_attention_fwd":
-                host(t["q"], t["k_cmp"], t["v_cmp"], o["o"], o["lse"], t["scale"], *tail)
+                host(t["q"], t["k_cmp"], t["v_cmp"], o["o"], o["lse"], t["scale"], 0, *tail)
             case "importance_fwd":
                 for start, stop in self.chunks:
-                    host(t["q"], t["k_cmp"], t["lse"], o["scores"][: stop - start], t["scale"], start, stop, *tail)
+                    host(t["q"][start:stop], t["k_cmp"], t["lse"][start:stop], o["scores"][: stop - start], t["scale"], start, *tail)
             case "select_topk":
                 for start, stop in self.chunks:
-                    host(t["scores"][: stop - start], o["block_indices"], start, stop, *tail)
+                    host(t["scores"][: stop - start], o["block_indices"][start:stop], start, *tail)
             case "selected_attention_fwd":
-                host(t["q"], t["k"], t["v"], t["block_indices"], o["o"], o["lse"], t["scale"], t["workspace_bytes"], *tail)
+                host(t["q"], t["k"], t["v"], t["block_indices"], o["o"], o["lse"], t["scale"], t["workspace_bytes"], 0, *tail)
             case "sliding_attention_fwd":
-                host(t["q"], t["k"], t["v"], o["o"], o["lse"], t["scale"], *tail)
+                host(t["q"], t["k"], t["v"], o["o"], o["lse"], t["scale"], 0, *tail)
 
     def expected(self, queries: Tensor | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """The reference's outputs, computed in ``dtype``.

@@ -42,7 +42,8 @@ def digest_of(problem: Problem, config: Config) -> str:
 
 
 class Kernel:
-    """A rendered module in use: the host function is an attribute named like the kernel, as it is in the module.
+    """A rendered module in use: the host function is an attribute named like the kernel, as it is in the module, whose other names can be
+    read here too.
 
     ``resolution`` says which config it is and why, ``module`` is the imported file.
     """
@@ -70,6 +71,11 @@ class Kernel:
 
         self.resolution, self.module = resolution, module
         setattr(self, self.problem.kernel, call)
+
+    def __getattr__(self, name: str) -> Any:
+        if "module" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.module, name)
 
     def __repr__(self) -> str:
         return f"<Kernel {self.problem.kernel} on {self.device.slug}: {self.resolution.reason}>"

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .branches import _inputs, combine as _combine, compression, selection, sliding  # isort: skip
+from .branches import _inputs, combine as _combine, compression, forward, selection, sliding  # isort: skip
 from .branches._inputs import Geometry, SpecLike, Tokens, check, check_heads, geometry
-from .config import Shape
 from .errors import InputError, NSAError
 
 __all__ = ["combine", "compress", "compressed_attention", "nsa_attention", "select_blocks", "selected_attention", "sliding_attention"]
@@ -123,41 +122,13 @@ _combine_op = _register(
 )
 
 
-def _forward(
-    q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
-    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
-    keep: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``o``, and with ``keep`` all that came before it; else the selected branch adds up all three. ``k``, ``v``: one tensor or three."""
-    sequences = (cu_seqlens, key, batch, max_seqlen, scale)
-    q = _inputs.ready(q)
-    if k_cmp is None:
-        k_cmp = compression.compress_fwd(k[0], phi_k, cu_seqlens, key, "k", batch, max_seqlen)
-    if v_cmp is None:
-        v_cmp = compression.compress_fwd(v[0], phi_v, cu_seqlens, key, "v", batch, max_seqlen)
-    k_slc, k_swa = map(_inputs.ready, k[1:]) if len(k) == 3 else [_inputs.ready(k[0])] * 2
-    v_slc, v_swa = map(_inputs.ready, v[1:]) if len(v) == 3 else [_inputs.ready(v[0])] * 2
-    o_cmp, lse_cmp = compression.compressed_attention_fwd(q, k_cmp, v_cmp, *sequences)
-    block_indices = selection.select_blocks_fwd(q, k_cmp, lse_cmp, *sequences)
-    o_swa, lse_swa = sliding.sliding_attention_fwd(q, k_swa, v_swa, *sequences)
-    gated = None if keep else (o_cmp, o_swa, g_cmp, g_slc, g_swa)
-    o_slc, lse_slc = selection.selected_attention_fwd(q, k_slc, v_slc, block_indices, *sequences, gated)
-    shape = Shape(max_seqlen, batch * k_slc.shape[1])
-    o = _combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, shape) if keep else o_slc
-    return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp
-
-
-def _nsa_attention_fwd(*args: Any) -> Tensor:
-    return _forward(*args, keep=False)[0]
-
-
 def _nsa_attention_fwd_fake(q: Tensor, k: list[Tensor], v: list[Tensor], *rest: Any) -> Tensor:
     return compression.attention_fake(q, v[-1])[0]
 
 
 def _nsa_attention_save(*args: Any) -> tuple[Tensor, ...]:
-    """What :func:`_forward` keeps; ``k_cmp`` and ``v_cmp`` empty where they were given, as an operator must not return its arguments."""
-    *made, k_cmp, v_cmp = _forward(*args, keep=True)
+    """All of :func:`forward.training`; ``k_cmp`` and ``v_cmp`` empty where given, as an operator must not return its arguments."""
+    *made, k_cmp, v_cmp = forward.training(*args)
     given_k, given_v = args[8] is not None, args[9] is not None
     return *made, k_cmp.new_empty(0) if given_k else k_cmp, v_cmp.new_empty(0) if given_v else v_cmp
 
@@ -180,7 +151,7 @@ _WHOLE = (
     f"Tensor? v_cmp, {_SEQUENCES}, float scale)"
 )
 #: For inference: ``o`` alone.
-_nsa_attention = _register("nsa_attention_fwd", f"{_WHOLE} -> Tensor", _nsa_attention_fwd, _nsa_attention_fwd_fake)
+_nsa_attention = _register("nsa_attention_fwd", f"{_WHOLE} -> Tensor", forward.inference, _nsa_attention_fwd_fake)
 #: For training: ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``.
 _nsa_attention_saving = _register(
     "nsa_attention_save", f"{_WHOLE} -> ({', '.join(['Tensor'] * 10)})", _nsa_attention_save, _nsa_attention_save_fake

@@ -51,7 +51,7 @@ def run(p: Problem, c: Config, seqlens=RAGGED, heads=2, spread=1.0, scale=None, 
     lse = torch.full((tokens, heads * p.group), float("nan"), device=DEVICE)
     cu = torch.tensor(starts, dtype=torch.int32, device=DEVICE) if p.varlen else None
     scale = p.head_dim_qk**-0.5 if scale is None else scale
-    loader.load(render.render(p, c)).compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, cu, len(seqlens), max(seqlens))
+    loader.load(render.render(p, c)).compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, 0, cu, len(seqlens), max(seqlens))
     want_o, want_lse = reference.compressed_attention(q, k_cmp, v_cmp, p.block, p.stride, scale, starts, dtype=torch.float64)
     close = dict(atol=2e-5, rtol=2e-5) if dtype == torch.float32 else dict(atol=4e-3 * max(1, spread), rtol=4e-3)
     torch.testing.assert_close(o.double(), want_o, **close)
@@ -120,7 +120,7 @@ def test_no_sequence_long_enough_and_no_token():
         q = torch.randn(tokens, 1, 16, device=DEVICE)
         k_cmp = torch.full((max(tokens // p.stride, 1), 1, 16), float("nan"), device=DEVICE)
         o, lse = torch.full_like(q, float("nan")), torch.full((tokens, 1), float("nan"), device=DEVICE)
-        module.compressed_attention_fwd(q, k_cmp, k_cmp, o, lse, 0.25, cu, batch, tokens)
+        module.compressed_attention_fwd(q, k_cmp, k_cmp, o, lse, 0.25, 0, cu, batch, tokens)
         assert (o == 0).all() and (lse == -float("inf")).all()
 
 

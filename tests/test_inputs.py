@@ -38,24 +38,25 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
         o.copy_(found[0])
         lse.copy_(found[1])
 
-    def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, cu_seqlens, batch, max_seqlen):
+    def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, token_start, cu_seqlens, batch, max_seqlen):
         attention(o, lse, reference.compressed_attention(q, k_cmp, v_cmp, p.block, p.stride, scale, cu_seqlens, dtype=torch.float32))
 
-    def importance_fwd(q, k_cmp, lse, scores, scale, token_start, token_stop, cu_seqlens, batch, max_seqlen):
-        tokens = torch.arange(token_start, token_stop)
+    def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch, max_seqlen):
+        tokens = torch.arange(token_start, token_start + len(q))
         geometry = (p.block, p.stride, p.selection_block, p.mapping)
+        q, lse = (x.new_zeros(case.total, *x.shape[1:]).index_copy(0, tokens, x) for x in (q, lse))  # the reference takes whole tensors
         found = reference.importance(q, k_cmp, lse, *geometry, scale, cu_seqlens, tokens, torch.float32)
         scores[..., : found.shape[2]] = found
 
-    def select_topk(scores, block_indices, token_start, token_stop, cu_seqlens, batch, max_seqlen):
-        tokens = torch.arange(token_start, token_stop)
+    def select_topk(scores, block_indices, token_start, cu_seqlens, batch, max_seqlen):
+        tokens = torch.arange(token_start, token_start + len(scores))
         geometry = (p.selection_block, p.count, p.initial, p.local)
-        block_indices[token_start:token_stop] = reference.select_blocks(scores, *geometry, cu_seqlens, tokens)
+        block_indices.copy_(reference.select_blocks(scores, *geometry, cu_seqlens, tokens))
 
-    def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen):
+    def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen):
         attention(o, lse, reference.selected_attention(q, k, v, block_indices, p.selection_block, scale, cu_seqlens, dtype=torch.float32))
 
-    def sliding_attention_fwd(q, k, v, o, lse, scale, cu_seqlens, batch, max_seqlen):
+    def sliding_attention_fwd(q, k, v, o, lse, scale, token_start, cu_seqlens, batch, max_seqlen):
         attention(o, lse, reference.sliding_attention(q, k, v, p.window, scale, cu_seqlens, dtype=torch.float32))
 
     def combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, o):
@@ -131,7 +132,7 @@ def test_a_shifted_mask_is_rejected(kernel):
         broken = lambda q, k, v, b, *rest: module.selected_attention_fwd(q, k, v, torch.where(b == 1, 0, b), *rest)  # noqa: E731
     else:
 
-        def broken(q, k, v, o, lse, scale, cu, batch, longest):
+        def broken(q, k, v, o, lse, scale, start, cu, batch, longest):
             found = reference.compressed_attention(q, k, v, p.block - 1, p.stride, scale, cu)
             o.copy_(found[0].nan_to_num())
             lse.copy_(found[1].nan_to_num())  # fmt: skip

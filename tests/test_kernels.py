@@ -226,7 +226,7 @@ def test_row_too_large_for_the_gpu_gives_the_right_result_all_the_same():
     def forward() -> tuple[torch.Tensor, str]:
         kernel = get(of, Shape(300, 1), device)
         o, lse = torch.full_like(q, torch.nan), torch.full((300, 4), torch.nan, device="cuda")
-        kernel.sliding_attention_fwd(q, k, v, o, lse, 256**-0.5, None, 1, 300)
+        kernel.sliding_attention_fwd(q, k, v, o, lse, 256**-0.5, 0, None, 1, 300)
         return o, kernel.resolution.source
 
     o, source = forward()

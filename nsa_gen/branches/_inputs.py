@@ -100,25 +100,33 @@ def _spec(g: Geometry, dtype: torch.dtype) -> Spec:
     )  # fmt: skip
 
 
-def kernel(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Callable[..., None]:
-    """The host function of kernel ``name`` for tensors like ``x``. The dtype is that of ``x``: a spec's own is what it is tuned for."""
+def module(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Any:
+    """The rendered module of kernel ``name`` for tensors like ``x``. The dtype is that of ``x``: a spec's own is what it is tuned for."""
     exact = (name, which, key, x.dtype, cu_seqlens is not None)
     problem = _problems.get(exact)
     if problem is None:
         problem = _problems[exact] = problem_of(name, _spec(geometry(key), x.dtype), varlen=exact[4], which=which)
-    return getattr(kernels.get(problem, shape, kernels.device_of(x)), name)
+    return kernels.get(problem, shape, kernels.device_of(x))
+
+
+def kernel(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Callable[..., None]:
+    """The host function of :func:`module`."""
+    return getattr(module(name, key, x, cu_seqlens, shape, which), name)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------------------
 
 
-def ready(x: Tensor) -> Tensor:
-    """``x [T,H,D]`` as kernels read it: last dim contiguous, 16-byte aligned, other strides multiples of 8; a copy where it is not so."""
+def is_ready(x: Tensor) -> bool:
+    """Whether kernels can read ``x [T,H,D]`` in place: last dim contiguous, 16-byte aligned, other strides multiples of 8."""
     tokens, heads, _ = x.shape
     stride_t, stride_h, stride_d = x.stride()
-    if stride_d == 1 and not (stride_t & 7 and tokens > 1) and not (stride_h & 7 and heads > 1) and not x.data_ptr() & 15:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return stride_d == 1 and not (stride_t & 7 and tokens > 1) and not (stride_h & 7 and heads > 1) and not x.data_ptr() & 15
+
+
+def ready(x: Tensor) -> Tensor:
+    """``x [T,H,D]`` as kernels read it; a copy where :func:`is_ready` says no."""
+    return x if is_ready(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def ready_flat(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def compressed_attention_fwd(
     lse = torch.empty((total, heads), dtype=torch.float32, device=q.device)
     if total:
         run = kernel("compressed_attention_fwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k_cmp.shape[1]))
-        run(ready(q), ready(k_cmp), ready(v_cmp), o, lse, scale, cu_seqlens, batch, max_seqlen)
+        run(ready(q), ready(k_cmp), ready(v_cmp), o, lse, scale, 0, cu_seqlens, batch, max_seqlen)
     return o, lse
 
 

@@ -8,21 +8,37 @@ from torch import Tensor
 from .. import paths
 from ..config import Shape
 from ..errors import InputError
-from ._inputs import check_values, geometry, kernel, ready, ready_flat
+from ._inputs import Geometry, check_values, geometry, kernel, ready, ready_flat
 from .compression import attention_fake
 
-#: Queries a chunk of importance scores has at least, and a multiple of: no smaller than the kernels' tiles.
-CHUNK = 256
+#: Queries a chunk has at least, and a multiple of: what a kernel's tile needs to be worth its launch, and rows of any chunk stay aligned.
+CHUNK = 64
 
 
-def query_chunk(total: int, row_bytes: int, bound: int) -> int:
-    """Queries whose score rows, ``row_bytes`` each, fit in ``bound`` bytes: chunks of nearly one size, in multiples of ``CHUNK``.
+def query_chunk(total: int, query_bytes: int, bound: int, scratch: tuple[int, int, int] = (0, 0, 0)) -> int:
+    """Queries whose buffers fit in ``bound`` bytes: chunks of nearly one size, in multiples of ``CHUNK``.
 
-    At least ``CHUNK``, the least the kernels use well, even where that takes more than ``bound``.
+    At least ``CHUNK``, even where that takes more than ``bound``.
+
+    Args:
+        total: all queries.
+        query_bytes: what one query of a chunk takes.
+        scratch: of selected attention (``workspace`` of its rendered module): bytes whatever the chunk, bytes a query, and the most queries
+            it works on at once.
     """
-    most = max(bound // (row_bytes * CHUNK), 1) * CHUNK
-    chunks = -(-total // most)
+    fixed, each, most = scratch
+    room = max(bound - fixed, 0)
+    fit = room // (query_bytes + each)
+    if fit > most:
+        fit = (room - each * most) // query_bytes
+    fit = max(fit // CHUNK, 1) * CHUNK
+    chunks = -(-total // fit)
     return -(-total // (chunks * CHUNK)) * CHUNK if chunks else CHUNK
+
+
+def score_columns(max_seqlen: int, g: Geometry) -> int:
+    """Columns of a score buffer: the blocks of the longest sequence, in multiples of 8."""
+    return (-(-max_seqlen // g.selection_block) + 7) & ~7
 
 
 def select_blocks_fwd(
@@ -40,22 +56,21 @@ def select_blocks_fwd(
         return block_indices
     shape = Shape(max_seqlen, batch * heads)
     topk = kernel("select_topk", key, q, cu_seqlens, shape)
-    blocks = -(-max_seqlen // g.selection_block)
-    columns = (blocks + 7) & ~7
+    columns = score_columns(max_seqlen, g)
     chunk = query_chunk(total, heads * columns * 4, paths.workspace_bytes())
     scores = torch.empty((min(chunk, total), heads, columns), dtype=torch.float32, device=q.device)
     importance = None
-    if blocks > g.count:
+    if max_seqlen > g.count * g.selection_block:
         importance = kernel("importance_fwd", key, q, cu_seqlens, shape)
         q, k_cmp, lse = ready(q), ready(k_cmp), ready_flat(lse)
     else:
         scores.zero_()  # a query may have all its candidates, whatever they score
     for start in range(0, total, chunk):
         stop = min(start + chunk, total)
-        part = scores if stop - start == len(scores) else scores[: stop - start]
+        part = scores[: stop - start]
         if importance is not None:
-            importance(q, k_cmp, lse, part, scale, start, stop, cu_seqlens, batch, max_seqlen)
-        topk(part, block_indices, start, stop, cu_seqlens, batch, max_seqlen)
+            importance(q[start:stop], k_cmp, lse[start:stop], part, scale, start, cu_seqlens, batch, max_seqlen)
+        topk(part, block_indices[start:stop], start, cu_seqlens, batch, max_seqlen)
     return block_indices
 
 
@@ -91,22 +106,18 @@ def check_indices(block_indices: Tensor, cu_seqlens: Tensor | None, key: str, ma
 
 def selected_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int,
-    scale: float, gated: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``q [T,Hq,Dqk]``, ``k [T,Hkv,Dqk]``, ``v [T,Hkv,Dv]``, ``block_indices [T,Hkv,n]`` → ``o [T,Hq,Dv]``, ``lse [T,Hq]``.
-
-    With ``gated`` = ``(o_cmp, o_swa, g_cmp, g_slc, g_swa)``, ``o`` is the gated sum of the three branches and overwrites ``o_cmp``: what
-    needs no branch output of its own saves a pass over all of them.
-    """
+    """``q [T,Hq,Dqk]``, ``k [T,Hkv,Dqk]``, ``v [T,Hkv,Dv]``, ``block_indices [T,Hkv,n]`` → ``o [T,Hq,Dv]``, ``lse [T,Hq]``."""
     total, heads = q.shape[:2]
     check_values(cu_seqlens, total, max_seqlen)
     check_indices(block_indices, cu_seqlens, key, max_seqlen)
-    o = torch.empty((total, heads, v.shape[2]), dtype=q.dtype, device=q.device) if gated is None else gated[0]
+    o = torch.empty((total, heads, v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((total, heads), dtype=torch.float32, device=q.device)
     if total:
         run = kernel("selected_attention_fwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k.shape[1]))
         block_indices, bound = ready_flat(block_indices), paths.workspace_bytes()
-        run(ready(q), ready(k), ready(v), block_indices, o, lse, scale, bound, cu_seqlens, batch, max_seqlen, gated)
+        run(ready(q), ready(k), ready(v), block_indices, o, lse, scale, bound, 0, cu_seqlens, batch, max_seqlen)
     return o, lse
 
 

@@ -20,7 +20,7 @@ def sliding_attention_fwd(
     lse = torch.empty((total, heads), dtype=torch.float32, device=q.device)
     if total:
         run = kernel("sliding_attention_fwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k.shape[1]))
-        run(ready(q), ready(k), ready(v), o, lse, scale, cu_seqlens, batch, max_seqlen)
+        run(ready(q), ready(k), ready(v), o, lse, scale, 0, cu_seqlens, batch, max_seqlen)
     return o, lse
 
 

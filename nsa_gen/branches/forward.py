@@ -1,0 +1,129 @@
+"""The whole forward: all branches and their gated sum (paper eqs. 5-12), for inference in a bounded workspace, or keeping every part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import paths
+from ..config import Shape
+from . import combine, compression, selection, sliding
+from ._inputs import check_values, geometry, is_ready, kernel, module, ready
+
+
+def inference(
+    q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
+    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """``o [T,Hq,Dv]`` of all branches; ``k``, ``v``: one tensor or three.
+
+    Queries go chunk after chunk through all branches, so that what is allocated besides the result, ``k_cmp`` and ``v_cmp`` (and copies of
+    K and V that kernels cannot read in place) stays below ``paths.workspace_bytes()`` at any length. A chunk has at least
+    ``selection.CHUNK`` queries, even where the bound is too small for them. The result does not depend on the chunks. The compressed branch
+    writes to the result, and the selected branch turns it into the gated sum of all three.
+    """
+    total, heads_q = q.shape[:2]
+    k_slc, k_swa, v_slc, v_swa = _attended(k, v)
+    k_cmp, v_cmp = (ready(x) for x in _compressed(k, v, phi_k, phi_v, k_cmp, v_cmp, cu_seqlens, key, batch, max_seqlen))
+    heads, dim = k_slc.shape[1], v_slc.shape[2]
+    o = torch.empty((total, heads_q, dim), dtype=q.dtype, device=q.device)
+    if not total:
+        return o
+    g, shape = geometry(key), Shape(max_seqlen, batch * heads)
+    at = (key, q, cu_seqlens, shape)
+    compressed, topk, slide = (kernel(name, *at) for name in ("compressed_attention_fwd", "select_topk", "sliding_attention_fwd"))
+    importance = kernel("importance_fwd", *at) if max_seqlen > g.count * g.selection_block else None
+    selected = module("selected_attention_fwd", *at)
+
+    columns, bound = selection.score_columns(max_seqlen, g), paths.workspace_bytes()
+    query_bytes = heads_q * (dim * q.element_size() + 4) + heads * g.count * 4
+    query_bytes += 0 if is_ready(q) else heads_q * q.shape[2] * q.element_size()
+    scratch = selected.workspace(heads, q.element_size(), total, batch)
+    chunk, scored = chunk_sizes(total, query_bytes, heads * columns * 4, bound, scratch)
+    rows, scored = min(chunk, total), min(scored, total)
+    left = bound - rows * query_bytes - scored * heads * columns * 4
+    o_swa = torch.empty((rows, heads_q, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((rows, heads_q), dtype=torch.float32, device=q.device)
+    scores = torch.empty((scored, heads, columns), dtype=torch.float32, device=q.device)
+    block_indices = torch.empty((rows, heads, g.count), dtype=torch.int32, device=q.device)
+    if importance is None:
+        scores.zero_()  # a query may have all its candidates, whatever they score
+    whole = (q, o, g_cmp, g_slc, g_swa)
+    for start in range(0, total, chunk):
+        if rows < total:
+            stop = min(start + chunk, total)
+            q, o_cmp, g_cmp, g_slc, g_swa = (x[start:stop] for x in whole)
+            if stop - start < rows:
+                o_swa, lse, block_indices = (x[: stop - start] for x in (o_swa, lse, block_indices))
+        else:
+            o_cmp = o
+        q = ready(q)
+        sequences = (cu_seqlens, batch, max_seqlen)
+        tail = (start, *sequences)
+        compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, *tail)
+        for i in range(0, len(q), scored):
+            part = scores[: len(q) - i]
+            if importance is not None:
+                importance(q[i : i + scored], k_cmp, lse[i : i + scored], part, scale, start + i, *sequences)
+            topk(part, block_indices[i : i + scored], start + i, *sequences)
+        slide(q, k_swa, v_swa, o_swa, lse, scale, *tail)
+        gated = (o_cmp, o_swa, g_cmp, g_slc, g_swa)
+        selected.selected_attention_fwd(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, left, *tail, gated)
+    return o
+
+
+def chunk_sizes(total: int, query_bytes: int, score_bytes: int, bound: int, scratch: tuple[int, int, int]) -> tuple[int, int]:
+    """Queries of a chunk, and queries whose scores are made at a time: multiples of ``selection.CHUNK``, the second no more than the first.
+
+    Scores are as wide as the sequence is long and live only until blocks are chosen, while selected attention gains by large chunks: where
+    not everything fits, scores get an eighth of the workspace.
+
+    Args:
+        total: all queries.
+        query_bytes, score_bytes: what one query takes, and its scores.
+        bound: bytes of the workspace.
+        scratch: of selected attention, as :func:`selection.query_chunk` takes it.
+    """
+    chunk = selection.query_chunk(total, query_bytes + score_bytes, bound, scratch)
+    scored = max(bound // 8 // (score_bytes * selection.CHUNK), 1) * selection.CHUNK
+    if chunk >= total or chunk <= scored:
+        return chunk, chunk
+    chunk = selection.query_chunk(total, query_bytes, bound - scored * score_bytes, scratch)
+    return chunk, min(scored, chunk)
+
+
+def training(
+    q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
+    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``: what a backward needs, each over all queries."""
+    sequences = (cu_seqlens, key, batch, max_seqlen, scale)
+    q = ready(q)
+    k_slc, k_swa, v_slc, v_swa = _attended(k, v)
+    k_cmp, v_cmp = _compressed(k, v, phi_k, phi_v, k_cmp, v_cmp, cu_seqlens, key, batch, max_seqlen)
+    o_cmp, lse_cmp = compression.compressed_attention_fwd(q, k_cmp, v_cmp, *sequences)
+    block_indices = selection.select_blocks_fwd(q, k_cmp, lse_cmp, *sequences)
+    o_swa, lse_swa = sliding.sliding_attention_fwd(q, k_swa, v_swa, *sequences)
+    o_slc, lse_slc = selection.selected_attention_fwd(q, k_slc, v_slc, block_indices, *sequences)
+    o = combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, Shape(max_seqlen, batch * k_slc.shape[1]))
+    return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp
+
+
+def _attended(k: list[Tensor], v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K of the selected and the sliding branch, then V of both, as kernels read them."""
+    pairs = (tuple(map(ready, x[1:])) if len(x) == 3 else (ready(x[0]),) * 2 for x in (k, v))
+    (k_slc, k_swa), (v_slc, v_swa) = pairs
+    return k_slc, k_swa, v_slc, v_swa
+
+
+def _compressed(
+    k: list[Tensor], v: list[Tensor], phi_k: list[Tensor], phi_v: list[Tensor], k_cmp: Tensor | None, v_cmp: Tensor | None,
+    cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``k_cmp`` and ``v_cmp``, made where not given."""
+    if k_cmp is None:
+        k_cmp = compression.compress_fwd(k[0], phi_k, cu_seqlens, key, "k", batch, max_seqlen)
+    if v_cmp is None:
+        v_cmp = compression.compress_fwd(v[0], phi_v, cu_seqlens, key, "v", batch, max_seqlen)
+    check_values(cu_seqlens, k[0].shape[0], max_seqlen)
+    return k_cmp, v_cmp
