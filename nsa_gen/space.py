@@ -347,16 +347,20 @@ def _importance_illegal(p: Problem, c: Config) -> str | None:
 
 SPACES["select_topk"] = Space(
     knobs=(
-        # resident: a row's keys stay in registers; stream: they are read again at every step, SEGMENT at a time.
-        Knob("method", ("resident", "stream")),
-        Knob("SEGMENT", (256, 512, 1024, 2048), {"method": ("stream",)}),
-        Knob("BLOCK_ROWS", (1, 2, 4)),
-        Knob("num_warps", (1, 2, 4, 8)),
-        Knob("maxnreg", (None, 64, 96, 128), {"method": ("resident",)}),
+        # The widest row (in selection blocks) whose scores stay in registers; of wider ones, parts are read again at every step.
+        Knob("WIDTH", (1024, 4096, 16384)),
+        Knob("BLOCK_ROWS", (1, 2, 4, 8, 16)),
+        Knob("num_warps", (1, 2, 4)),
+        Knob("maxnreg", (None, 48, 64, 80)),
     ),
-    defaults={"": lambda p: {"method": "resident", "BLOCK_ROWS": 1, "num_warps": 1, "maxnreg": None}},
-    safe=lambda p: {"method": "stream", "SEGMENT": 512, "BLOCK_ROWS": 1, "num_warps": 4},
+    defaults={"": lambda p: _select_default(None), "sm_90": lambda p: _select_default(64), "sm_80": lambda p: _select_default(64)},
+    safe=lambda p: {"WIDTH": 1024, "BLOCK_ROWS": 1, "num_warps": 4, "maxnreg": None},
 )
+
+
+def _select_default(registers: int | None) -> dict[str, Value]:
+    # One warp a row: no shared memory, no barriers. 64 registers let as many programs on a multiprocessor as it takes, 32.
+    return {"WIDTH": 16384, "BLOCK_ROWS": 4, "num_warps": 1, "maxnreg": registers}
 
 
 SPACES["combine_fwd"] = Space(
