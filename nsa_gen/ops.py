@@ -186,7 +186,8 @@ def nsa_attention(
         k: ``[T,Hkv,Dqk]`` (or batched), or three of these for the compressed, selected and sliding branch (paper section 3.3.3).
         v: ``[T,Hkv,Dv]`` (or batched), or three.
         g_cmp, g_slc, g_swa: ``[T,Hq]`` (or ``[B,S,Hq]``), already through their sigmoid; in q's dtype or float32, NaN passes through.
-        spec, cu_seqlens, max_seqlen, scale: see the module.
+        spec, cu_seqlens, max_seqlen, scale: see the module. Without gradients, all scratch memory stays below ``NSA_GEN_WORKSPACE`` at any
+            length: queries go through the branches in chunks, which changes no bit of the result.
         phi_k, phi_v: weights of φ for keys and values, see :func:`compress`.
         k_cmp, v_cmp: compressed keys and values made by other means, both or neither, laid out as :func:`compress` does; φ is then
             skipped and its weights must be left out.

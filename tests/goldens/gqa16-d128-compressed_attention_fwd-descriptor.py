@@ -1,7 +1,7 @@
 """compressed_attention_fwd, rendered by nsa-gen from templates/compressed_attention_fwd.py.jinja. Do not edit: change the template.
 
 problem 98d0ecc6a58d: dtype=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 varlen=False
-config  845de1fe091b: BLOCK_M=64 BLOCK_N=32 loads=descriptor maxnreg=None num_stages=1 num_warps=4
+config  08e48b460a4d: BLOCK_M=64 BLOCK_N=64 loads=descriptor maxnreg=None num_stages=3 num_warps=4
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -41,6 +41,21 @@ def locate(tile, cu_seqlens, batch, seqlen, first, last, G: tl.constexpr, ROWS: 
 def find_sequence(token, cu_seqlens, batch, seqlen):
     """The sequence that holds a packed token (empty sequences hold none)."""
     return token // seqlen
+
+
+@triton.jit
+def locate_rows(tile, cu_seqlens, batch, seqlen, first, last, G: tl.constexpr, ROWS: tl.constexpr):
+    """Where a tile of a call on the tokens [first, last) lies: (first token of its sequence, the tile's first row in the sequence, rows
+    [low, high) of the sequence that belong to the call, all rows of the sequence). The caller exits when low >= high or the tile begins at
+    high or later. Tiles are numbered as if the call began up to a tile earlier: the chunk may begin inside a tile.
+    """
+    early = tl.maximum(first - (ROWS + G - 2) // G, 0)
+    b, local = locate(tile, cu_seqlens, batch, seqlen, early, last, G, ROWS)
+    start = sequence_start(cu_seqlens, b, seqlen)
+    end = sequence_start(cu_seqlens, b + 1, seqlen)
+    low = (tl.maximum(start, first) - start) * G
+    high = (tl.minimum(end, last) - start) * G
+    return start, (low // ROWS + local) * ROWS, low, high, (end - start) * G
 
 
 @triton.jit
@@ -101,18 +116,19 @@ def attend(
 
 @triton.jit
 def compressed_attention_fwd_kernel(
-    q_ptr,  # [T, Hq, D_QK]
+    q_ptr,  # [last - first, Hq, D_QK]
     k_ptr,  # [rows, Hkv, D_QK], or its descriptor: sequence b starts at row cu_seqlens[b] // STRIDE
     v_ptr,  # [rows, Hkv, D_V], or its descriptor
-    o_ptr,  # [T, Hq, D_V], contiguous
-    lse_ptr,  # [T, Hq] fp32, contiguous
+    o_ptr,  # [last - first, Hq, D_V], contiguous
+    lse_ptr,  # [last - first, Hq] fp32, contiguous
     cu_seqlens,  # [B + 1] int32, or None
     scale: tl.float32,
     tiles: tl.int32,
     heads: tl.int32,
     batch: tl.int32,
     seqlen: tl.int32,
-    tokens: tl.int32,
+    first: tl.int32,
+    last: tl.int32,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
     stride_kt: tl.int64,
@@ -134,21 +150,20 @@ def compressed_attention_fwd_kernel(
 ):
     head = tl.program_id(0) % heads
     # Late tiles see the most keys: they go first, so that the light ones fill the end of the run.
-    b, tile = locate(tiles - 1 - tl.program_id(0) // heads, cu_seqlens, batch, seqlen, 0, tokens, G, BLOCK_M)
-    start = sequence_start(cu_seqlens, b, seqlen)
-    length = sequence_start(cu_seqlens, b + 1, seqlen) - start
-    if tile * BLOCK_M >= length * G:
+    tile = tiles - 1 - tl.program_id(0) // heads
+    start, row0, low, high, rows = locate_rows(tile, cu_seqlens, batch, seqlen, first, last, G, BLOCK_M)
+    if (low >= high) | (row0 >= high):
         return
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # token * G + group member
-    valid = row < length * G
-    position = tl.minimum(row, length * G - 1) // G
+    row = row0 + tl.arange(0, BLOCK_M)  # token * G + group member
+    valid = (row >= low) & (row < high)
+    position = tl.minimum(row, rows - 1) // G
     member = row % G
     visible = visible_keys(position, BLOCK, STRIDE)
     # Keys that all rows see, in whole key tiles, and keys that the last row sees.
-    common = visible_keys(tile * BLOCK_M // G, BLOCK, STRIDE) // BLOCK_N * BLOCK_N
-    most = visible_keys((tl.minimum(tile * BLOCK_M + BLOCK_M, length * G) - 1) // G, BLOCK, STRIDE)
+    common = visible_keys(row0 // G, BLOCK, STRIDE) // BLOCK_N * BLOCK_N
+    most = visible_keys((tl.minimum(row0 + BLOCK_M, rows) - 1) // G, BLOCK, STRIDE)
 
-    token = start + position
+    token = start + position - first  # row of q, o and lse
     q_rows = q_ptr + (token.to(tl.int64) * stride_qt + (head * G + member) * stride_qh)[:, None]
     q = tl.load(q_rows + tl.arange(0, DQ), mask=valid[:, None], other=0.0)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
@@ -176,7 +191,8 @@ def compressed_attention_fwd_kernel(
 
 _GROUP = 16
 _BLOCK_M = 64
-_BLOCK_N = 32
+_BLOCK_N = 64
+_HALO = (_BLOCK_M + _GROUP - 2) // _GROUP  # tokens of a chunk's first tile that may lie before the chunk
 _attend = Launcher(
     compressed_attention_fwd_kernel,
     {
@@ -191,25 +207,25 @@ _attend = Launcher(
         "STRIDE": 16,
         "BLOCK_M": _BLOCK_M,
         "BLOCK_N": _BLOCK_N,
-        "NUM_STAGES": 1,
+        "NUM_STAGES": 3,
     },
     num_warps=4,
-    num_stages=1,
+    num_stages=3,
     maxnreg=None,
 )
 
 
-def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, cu_seqlens, batch, max_seqlen):
-    """Attention of every query over the compressed tokens it sees (paper eq. 8).
+def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, token_start, cu_seqlens, batch, max_seqlen):
+    """Attention of the queries [token_start, token_start + R) over the compressed tokens they see (paper eq. 8).
 
-    q [T,Hq,Dqk], k_cmp [max(T//d,1),Hkv,Dqk], v_cmp [max(T//d,1),Hkv,Dv] → o [T,Hq,Dv], lse [T,Hq] fp32, natural log (both contiguous).
+    q [R,Hq,Dqk], k_cmp [max(T//d,1),Hkv,Dqk], v_cmp [max(T//d,1),Hkv,Dv] → o [R,Hq,Dv], lse [R,Hq] fp32, natural log (both contiguous).
     A query that sees none gets o = 0, lse = -inf. Compressed rows that belong to no sequence are never used.
     """
-    tokens, heads = q.shape[0], k_cmp.shape[1]
-    tiles = tokens * _GROUP // _BLOCK_M + batch
+    queries, heads = q.shape[0], k_cmp.shape[1]
+    tiles = (queries + min(token_start, _HALO)) * _GROUP // _BLOCK_M + batch
     k, v = Launcher.rows(k_cmp, _BLOCK_N), Launcher.rows(v_cmp, _BLOCK_N)
     _attend(
         (tiles * heads,),
-        q, k, v, o, lse, cu_seqlens, scale, tiles, heads, batch, max_seqlen, tokens,
+        q, k, v, o, lse, cu_seqlens, scale, tiles, heads, batch, max_seqlen, token_start, token_start + queries,
         q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1), v_cmp.stride(0), v_cmp.stride(1),
     )  # fmt: skip

@@ -45,9 +45,9 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
 
 
 @triton.jit
-def gate(pointer, token, head, stride_token, stride_head, mask):
+def gate(pointer, query, head, stride_token, stride_head, mask):
     """One branch's gate of some rows, in fp32."""
-    return tl.load(pointer + token.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointer + query.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -71,20 +71,21 @@ def gated_arguments(gated):
 
 @triton.jit
 def selected_attention_fwd_kernel(
-    q_ptr,  # [T, Hq, D_QK]
+    q_ptr,  # [R, Hq, D_QK]
     k_ptr,  # [T, Hkv, D_QK]
     v_ptr,  # [T, Hkv, D_V]
-    index_ptr,  # [T, Hkv, COUNT] int32, ascending, -1 last
-    o_ptr,  # [T, Hq, D_V], contiguous
-    lse_ptr,  # [T, Hq] fp32, contiguous
-    o_cmp_ptr,  # [T, Hq, D_V], contiguous; None unless GATED, as what follows
-    o_swa_ptr,  # [T, Hq, D_V], contiguous
-    g_cmp_ptr,  # [T, Hq], activations' dtype or fp32, any strides
+    index_ptr,  # [R, Hkv, COUNT] int32, ascending, -1 last
+    o_ptr,  # [R, Hq, D_V], contiguous
+    lse_ptr,  # [R, Hq] fp32, contiguous
+    o_cmp_ptr,  # [R, Hq, D_V], contiguous; None unless GATED, as what follows
+    o_swa_ptr,  # [R, Hq, D_V], contiguous
+    g_cmp_ptr,  # [R, Hq], activations' dtype or fp32, any strides
     g_slc_ptr,
     g_swa_ptr,
     cu_seqlens,  # [B + 1] int32, or None
     scale: tl.float32,
-    tokens: tl.int32,
+    first: tl.int32,
+    queries: tl.int32,
     heads: tl.int32,
     batch: tl.int32,
     seqlen: tl.int32,
@@ -114,7 +115,8 @@ def selected_attention_fwd_kernel(
     GATED: tl.constexpr,
 ):
     head = tl.program_id(1)
-    token = tokens - 1 - tl.program_id(0)  # late tokens have the most blocks: first
+    query = queries - 1 - tl.program_id(0)  # late queries have the most blocks: they go first
+    token = first + query
     b = find_sequence(token, cu_seqlens, batch, seqlen)
     start = sequence_start(cu_seqlens, b, seqlen)
     position = token - start
@@ -124,7 +126,7 @@ def selected_attention_fwd_kernel(
     column = tl.arange(0, BLOCK)
     dq = tl.arange(0, DQ)
     dv = tl.arange(0, DV)
-    q_rows = q_ptr + token.to(tl.int64) * stride_qt + (head * G + member[:, None]) * stride_qh
+    q_rows = q_ptr + query.to(tl.int64) * stride_qt + (head * G + member[:, None]) * stride_qh
     k_head = k_ptr + start.to(tl.int64) * stride_kt + head * stride_kh
     v_head = v_ptr + start.to(tl.int64) * stride_vt + head * stride_vh
     q = tl.load(q_rows + dq, mask=member[:, None] < G, other=0.0)  # [G_PAD, DQ]
@@ -134,7 +136,7 @@ def selected_attention_fwd_kernel(
     acc = tl.zeros([G_PAD, DV], tl.float32)
     # All indices at once: a load of one inside the loop would keep K and V loads from being pipelined.
     slots = tl.arange(0, SLOTS)
-    indices = tl.load(index_ptr + (token.to(tl.int64) * heads + head) * COUNT + slots, mask=slots < COUNT, other=-1)
+    indices = tl.load(index_ptr + (query.to(tl.int64) * heads + head) * COUNT + slots, mask=slots < COUNT, other=-1)
     for slot in range(COUNT):
         block = tl.sum(tl.where(slots == slot, indices, 0), 0)
         seen = (block >= 0) & (block * BLOCK <= position)
@@ -155,16 +157,16 @@ def selected_attention_fwd_kernel(
         acc = tl.dot(prob.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
 
-    row = token.to(tl.int64) * (heads * G) + head * G + member
+    row = query.to(tl.int64) * (heads * G) + head * G + member
     written = member < G
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
     g_cmp = 0.0
     g_slc = 1.0
     g_swa = 0.0
     if GATED:
-        g_cmp = gate(g_cmp_ptr, token, head * G + member, g_cmp_stride_t, g_cmp_stride_h, written)
-        g_slc = gate(g_slc_ptr, token, head * G + member, g_slc_stride_t, g_slc_stride_h, written)
-        g_swa = gate(g_swa_ptr, token, head * G + member, g_swa_stride_t, g_swa_stride_h, written)
+        g_cmp = gate(g_cmp_ptr, query, head * G + member, g_cmp_stride_t, g_cmp_stride_h, written)
+        g_slc = gate(g_slc_ptr, query, head * G + member, g_slc_stride_t, g_slc_stride_h, written)
+        g_swa = gate(g_swa_ptr, query, head * G + member, g_swa_stride_t, g_swa_stride_h, written)
     value = acc * inverse[:, None]
     if GATED:
         g_cmp = g_cmp[:, None]
@@ -194,16 +196,23 @@ _attend = Launcher(
 )
 
 
-def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen, gated=None):
-    """Attention of every query over its chosen blocks. Needs no workspace.
+def workspace(heads, element_size, tokens, batch):
+    """Scratch of a call: bytes whatever the number of queries, bytes a query of a chunk, most queries of a chunk. None here."""
+    return 0, 0, 0
 
-    q [T,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [T,Hkv,n] contiguous → o [T,Hq,Dv], lse [T,Hq] (contiguous).
-    With ``gated`` = (o_cmp, o_swa [T,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [T,Hq]), o is instead the gated sum of the three branches.
+
+def selected_attention_fwd(
+    q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, gated=None
+):
+    """Attention of the queries [token_start, token_start + R) over their chosen blocks. Needs no workspace.
+
+    q [R,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [R,Hkv,n] contiguous → o [R,Hq,Dv], lse [R,Hq] (contiguous).
+    With ``gated`` = (o_cmp, o_swa [R,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [R,Hq]), o is instead the gated sum of the three branches.
     """
     others, gate_strides, code = gated_arguments(gated)
-    tokens, heads = q.shape[0], k.shape[1]
+    queries, heads = q.shape[0], k.shape[1]
     _attend(
-        (tokens, heads),
-        q, k, v, block_indices, o, lse, *others, cu_seqlens, scale, tokens, heads, batch, max_seqlen,
+        (queries, heads),
+        q, k, v, block_indices, o, lse, *others, cu_seqlens, scale, token_start, queries, heads, batch, max_seqlen,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *gate_strides, GATED=code,
     )  # fmt: skip

@@ -54,9 +54,9 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
 
 
 @triton.jit
-def gate(pointer, token, head, stride_token, stride_head, mask):
+def gate(pointer, query, head, stride_token, stride_head, mask):
     """One branch's gate of some rows, in fp32."""
-    return tl.load(pointer + token.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointer + query.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def listed(block, current, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
 
 @triton.jit
 def count_kernel(
-    index_ptr,  # [T, Hkv, COUNT] int32
+    index_ptr,  # [last - first, Hkv, COUNT] int32
     counts_ptr,  # [Hkv, bins] int32, zero
     rank_ptr,  # [Hkv, chunk * COUNT] int32: place of an entry in its list
     cu_seqlens,
@@ -120,7 +120,7 @@ def count_kernel(
     token = tl.maximum(start, first) + tile * TOKENS + tl.arange(0, TOKENS)
     slot = tl.arange(0, SLOTS)
     exists = (token < end)[:, None] & (slot < COUNT)[None, :]
-    entry = (token.to(tl.int64) * heads + head)[:, None] * COUNT + slot
+    entry = ((token - first).to(tl.int64) * heads + head)[:, None] * COUNT + slot
     block = tl.load(index_ptr + entry, mask=exists, other=-1)
     current = (token - start) // BLOCK
     keep = exists & listed(block, current[:, None], INITIAL, LOCAL)
@@ -142,28 +142,36 @@ def plan_kernel(
     ENTRIES: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Running sums over one head's bins, and one record per ENTRIES entries of a list."""
+    """Where each list of one head starts, and one record per ENTRIES entries of a list.
+
+    Entries come nearly in token order, so records go piece by piece: first every list's first piece, then every second one. Programs that
+    run at the same time then share their queries' q in L2.
+    """
     head = tl.program_id(0)
     offset = 0
-    record = 0
+    most = 0
     for base in range(0, bins, BINS):
         bin_ = base + tl.arange(0, BINS)
         count = tl.load(counts_ptr + head * bins + bin_, mask=bin_ < bins, other=0)
-        pieces = (count + ENTRIES - 1) // ENTRIES
         tl.store(offsets_ptr + head * bins + bin_, offset + tl.cumsum(count, 0) - count, mask=bin_ < bins)
-        place = record + tl.cumsum(pieces, 0) - pieces
-        for piece in range(0, tl.max(pieces, 0)):
-            target = records_ptr + (head.to(tl.int64) * max_records + place + piece) * 2
-            tl.store(target, bin_, mask=piece < pieces)
-            tl.store(target + 1, tl.zeros_like(bin_) + piece * ENTRIES, mask=piece < pieces)
         offset += tl.sum(count, 0)
-        record += tl.sum(pieces, 0)
+        most = tl.maximum(most, tl.max(count, 0))
+    record = 0
+    for entry in range(0, most, ENTRIES):
+        for base in range(0, bins, BINS):
+            bin_ = base + tl.arange(0, BINS)
+            longer = tl.load(counts_ptr + head * bins + bin_, mask=bin_ < bins, other=0) > entry
+            place = record + tl.cumsum(longer.to(tl.int32), 0) - 1
+            target = records_ptr + (head.to(tl.int64) * max_records + place) * 2
+            tl.store(target, bin_, mask=longer)
+            tl.store(target + 1, tl.zeros_like(bin_) + entry, mask=longer)
+            record += tl.sum(longer.to(tl.int32), 0)
     tl.store(totals_ptr + head, record)
 
 
 @triton.jit
 def scatter_kernel(
-    index_ptr,  # [T, Hkv, COUNT] int32
+    index_ptr,  # [last - first, Hkv, COUNT] int32
     rank_ptr,  # [Hkv, chunk * COUNT] int32
     offsets_ptr,  # [Hkv, bins] int32
     list_ptr,  # [Hkv, chunk * COUNT] int32: token (inside the chunk) * COUNT + slot
@@ -189,7 +197,7 @@ def scatter_kernel(
     token = tl.maximum(start, first) + tile * TOKENS + tl.arange(0, TOKENS)
     slot = tl.arange(0, SLOTS)
     exists = (token < end)[:, None] & (slot < COUNT)[None, :]
-    entry = (token.to(tl.int64) * heads + head)[:, None] * COUNT + slot
+    entry = ((token - first).to(tl.int64) * heads + head)[:, None] * COUNT + slot
     block = tl.load(index_ptr + entry, mask=exists, other=-1)
     current = (token - start) // BLOCK
     keep = exists & listed(block, current[:, None], INITIAL, LOCAL)
@@ -202,7 +210,7 @@ def scatter_kernel(
 
 @triton.jit
 def gather_kernel(
-    q_ptr,  # [T, Hq, D_QK]
+    q_ptr,  # [last - first, Hq, D_QK]
     k_ptr,  # [T, Hkv, D_QK]
     v_ptr,  # [T, Hkv, D_V]
     counts_ptr,  # [Hkv, bins] int32
@@ -263,7 +271,7 @@ def gather_kernel(
     qk_scale = scale * 1.4426950408889634
 
     # 64-bit bases, 32-bit offsets: the host keeps a chunk's q and a head's partial outputs below 2^31 elements.
-    q_head = q_ptr + first.to(tl.int64) * stride_qt + head * G * stride_qh
+    q_head = q_ptr + head * G * stride_qh
     part_head = part_ptr + head.to(tl.int64) * (COUNT + 1) * chunk * G * D_V
     part_lse_head = part_lse_ptr + head.to(tl.int64) * (COUNT + 1) * chunk * G
     q_step = tl.multiple_of(stride_qt.to(tl.int32), 8)
@@ -309,10 +317,10 @@ def find_bin(bin_, cu_seqlens, batch, seqlen, BLOCK: tl.constexpr):
 
 @triton.jit
 def dense_kernel(
-    q_ptr,  # [T, Hq, D_QK]
+    q_ptr,  # [last - first, Hq, D_QK]
     k_ptr,  # [T, Hkv, D_QK]
     v_ptr,  # [T, Hkv, D_V]
-    index_ptr,  # [T, Hkv, COUNT] int32
+    index_ptr,  # [last - first, Hkv, COUNT] int32
     part_ptr,  # [Hkv, COUNT + 1, chunk, G, D_V]
     part_lse_ptr,  # [Hkv, COUNT + 1, chunk, G] fp32
     cu_seqlens,
@@ -361,12 +369,12 @@ def dense_kernel(
     length = end - start
     dq = tl.arange(0, DQ)
     dv = tl.arange(0, DV)
-    q_rows = q_ptr + (token.to(tl.int64) * stride_qt + (head * G + member) * stride_qh)[:, None]
+    q_rows = q_ptr + ((token - first).to(tl.int64) * stride_qt + (head * G + member) * stride_qh)[:, None]
     q = tl.load(q_rows + dq, mask=valid[:, None], other=0.0)
     dq_tail = DQ + tl.arange(0, DQ_TAIL)
     q_tail = tl.load(q_rows + dq_tail, mask=valid[:, None] & (dq_tail < D_QK), other=0.0)
     slot = tl.arange(0, SLOTS)
-    indices = index_ptr + (token.to(tl.int64) * heads + head) * COUNT
+    indices = index_ptr + ((token - first).to(tl.int64) * heads + head) * COUNT
     chosen = tl.load(indices[:, None] + slot, mask=valid[:, None] & (slot < COUNT), other=-1)  # [BLOCK_M, SLOTS]
 
     qk_scale = scale * 1.4426950408889634
@@ -416,14 +424,13 @@ def dense_kernel(
 def merge_kernel(
     part_ptr,  # [Hkv, COUNT + 1, chunk, G, D_V]
     part_lse_ptr,  # [Hkv, COUNT + 1, chunk, G] fp32
-    o_ptr,  # [T, Hq, D_V], contiguous
-    lse_ptr,  # [T, Hq] fp32, contiguous
-    o_cmp_ptr,  # [T, Hq, D_V], contiguous; None unless GATED, as what follows
-    o_swa_ptr,  # [T, Hq, D_V], contiguous
-    g_cmp_ptr,  # [T, Hq], activations' dtype or fp32, any strides
+    o_ptr,  # [rows // G, Hq, D_V], contiguous
+    lse_ptr,  # [rows // G, Hq] fp32, contiguous
+    o_cmp_ptr,  # [rows // G, Hq, D_V], contiguous; None unless GATED, as what follows
+    o_swa_ptr,  # [rows // G, Hq, D_V], contiguous
+    g_cmp_ptr,  # [rows // G, Hq], activations' dtype or fp32, any strides
     g_slc_ptr,
     g_swa_ptr,
-    first: tl.int32,
     rows: tl.int32,
     heads: tl.int32,
     chunk: tl.int32,
@@ -464,7 +471,7 @@ def merge_kernel(
         weight = tl.exp2(tl.load(part_lse_head + part, mask=valid, other=-float("inf")) - top) * inverse
         used = (weight > 0)[:, None]  # what has no weight was never written
         acc += weight[:, None] * tl.load(part_head + part[:, None] * D_V + dv, mask=used, other=0.0)
-    token = first + row // G
+    token = row // G
     member = row % G
     out = (token.to(tl.int64) * heads + head) * G + member
     g_cmp = 0.0
@@ -527,20 +534,42 @@ _merge = Launcher(
 )
 
 
-def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_bytes, cu_seqlens, batch, max_seqlen, gated=None):
-    """Attention of every query over its chosen blocks, through lists of queries per block.
+def workspace(heads, element_size, tokens, batch):
+    """Scratch of a call: bytes whatever the number of queries, bytes a query of a chunk, most queries of a chunk.
 
-    q [T,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [T,Hkv,n] contiguous → o [T,Hq,Dv], lse [T,Hq] (contiguous).
-    With ``gated`` = (o_cmp, o_swa [T,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [T,Hq]), o is instead the gated sum of the three branches.
-    Tokens go in chunks of at most 8192 tokens whose partial results stay below workspace_bytes.
+    Args:
+        heads: KV heads.
+        element_size: bytes of an element of o.
+        tokens: packed tokens of k and v.
+        batch: sequences.
     """
-    tokens, heads_q, heads = q.shape[0], q.shape[1], k.shape[1]
-    group, count, block = _DIMS["G"], _BLOCKS["COUNT"], _BLOCKS["BLOCK"]
-    token_bytes = heads_q * (count + 1) * (_DIMS["D_V"] * o.element_size() + 4) + heads * count * 8
-    token_elements = max(q.stride(0), (count + 1) * group * _DIMS["D_V"])  # kernels address a chunk with 32 bits
-    chunk = min(tokens, 8192, max(workspace_bytes // token_bytes, _TOKENS), (2**31 - 1) // token_elements - _TOKENS)
-    chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, chunk)), _TOKENS) * _TOKENS if tokens else _TOKENS
-    bins = triton.cdiv(tokens // block + batch, 4) * 4  # keeps slices 16-byte aligned
+    count = _BLOCKS["COUNT"]
+    bins = _bins(tokens, batch)
+    parts = _DIMS["G"] * (count + 1) * (_DIMS["D_V"] * element_size + 4)
+    return heads * bins * 16 + 4096, heads * (parts + count * 8 + triton.cdiv(count * 8, _ENTRIES)), 8192
+
+
+def _bins(tokens, batch):
+    """Lists of a head: one for each block of each sequence, and a few so that slices stay 16-byte aligned."""
+    return triton.cdiv(tokens // _BLOCKS["BLOCK"] + batch, 4) * 4
+
+
+def selected_attention_fwd(
+    q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, gated=None
+):
+    """Attention of the queries [token_start, token_start + R) over their chosen blocks, through lists of queries per block.
+
+    q [R,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [R,Hkv,n] contiguous → o [R,Hq,Dv], lse [R,Hq] (contiguous).
+    With ``gated`` = (o_cmp, o_swa [R,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [R,Hq]), o is instead the gated sum of the three branches.
+    Queries go in chunks of at most 8192 whose scratch stays below workspace_bytes, or of 64 where even those do not fit.
+    """
+    queries, heads = q.shape[0], k.shape[1]
+    group, count = _DIMS["G"], _BLOCKS["COUNT"]
+    fixed, query_bytes, most = workspace(heads, o.element_size(), k.shape[0], batch)
+    query_elements = max(q.stride(0), (count + 1) * group * _DIMS["D_V"])  # kernels address a chunk with 32 bits
+    most = max(min(most, (workspace_bytes - fixed) // query_bytes, (2**31 - 1) // query_elements) // _TOKENS, 1) * _TOKENS
+    chunk = triton.cdiv(max(queries, 1), triton.cdiv(max(queries, 1), most) * _TOKENS) * _TOKENS
+    bins = _bins(k.shape[0], batch)
     max_records = chunk * count // _ENTRIES + bins
     device = q.device
     part = torch.empty((heads, count + 1, chunk, group, _DIMS["D_V"]), dtype=o.dtype, device=device)
@@ -551,11 +580,15 @@ def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_byte
     totals = torch.empty((heads,), dtype=torch.int32, device=device)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     others, gate_strides, code = gated_arguments(gated)
-    for first in range(0, tokens, chunk):
-        last = min(first + chunk, tokens)
-        list_grid = ((last - first) // _TOKENS + batch, heads)
+    per_query = (q, block_indices, o, lse, *others)
+    for begin in range(0, queries, chunk):
+        end = min(begin + chunk, queries)
+        first, last = token_start + begin, token_start + end
+        if end - begin < queries:
+            q, block_indices, o, lse, *others = (x if x is None else x[begin:end] for x in per_query)
+        list_grid = ((end - begin) // _TOKENS + batch, heads)
         where = (cu_seqlens, first, last, heads, batch, max_seqlen)
-        rows = (last - first) * group
+        rows = (end - begin) * group
         counts.zero_()
         _count(list_grid, block_indices, counts, rank, *where, bins, chunk)
         _plan((heads,), counts, offsets, records, totals, bins, max_records)
@@ -571,4 +604,4 @@ def selected_attention_fwd(q, k, v, block_indices, o, lse, scale, workspace_byte
             scale, first, last, heads, batch, max_seqlen, chunk, *strides,
         )  # fmt: skip
         merge_grid = (triton.cdiv(rows, _MERGE_M), heads)
-        _merge(merge_grid, part, part_lse, o, lse, *others, first, rows, heads, chunk, *gate_strides, GATED=code)
+        _merge(merge_grid, part, part_lse, o, lse, *others, rows, heads, chunk, *gate_strides, GATED=code)

@@ -52,6 +52,21 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
 
 
 @triton.jit
+def locate_rows(tile, cu_seqlens, batch, seqlen, first, last, G: tl.constexpr, ROWS: tl.constexpr):
+    """Where a tile of a call on the tokens [first, last) lies: (first token of its sequence, the tile's first row in the sequence, rows
+    [low, high) of the sequence that belong to the call, all rows of the sequence). The caller exits when low >= high or the tile begins at
+    high or later. Tiles are numbered as if the call began up to a tile earlier: the chunk may begin inside a tile.
+    """
+    early = tl.maximum(first - (ROWS + G - 2) // G, 0)
+    b, local = locate(tile, cu_seqlens, batch, seqlen, early, last, G, ROWS)
+    start = sequence_start(cu_seqlens, b, seqlen)
+    end = sequence_start(cu_seqlens, b + 1, seqlen)
+    low = (tl.maximum(start, first) - start) * G
+    high = (tl.minimum(end, last) - start) * G
+    return start, (low // ROWS + local) * ROWS, low, high, (end - start) * G
+
+
+@triton.jit
 def load_tile(base, first, stride, COLUMN: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
     """[ROWS, WIDTH] from base, columns from COLUMN on; 0 in columns past D and, with EDGE, in rows before first (never read)."""
     row = tl.arange(0, ROWS)
@@ -120,14 +135,15 @@ def attend(
 
 @triton.jit
 def sliding_attention_fwd_kernel(
-    q_ptr,  # [T, Hq, D_QK]
+    q_ptr,  # [last - first, Hq, D_QK]
     k_ptr,  # [T, Hkv, D_QK]
     v_ptr,  # [T, Hkv, D_V]
-    o_ptr,  # [T, Hq, D_V], contiguous
-    lse_ptr,  # [T, Hq] fp32, contiguous
+    o_ptr,  # [last - first, Hq, D_V], contiguous
+    lse_ptr,  # [last - first, Hq] fp32, contiguous
     cu_seqlens,  # [B + 1] int32, or None
     scale: tl.float32,
-    tokens: tl.int32,
+    first: tl.int32,
+    last: tl.int32,
     batch: tl.int32,
     seqlen: tl.int32,
     stride_qt: tl.int64,
@@ -150,21 +166,19 @@ def sliding_attention_fwd_kernel(
 ):
     head = tl.program_id(1)
     heads = tl.num_programs(1) * G
-    b, tile = locate(tl.program_id(0), cu_seqlens, batch, seqlen, 0, tokens, G, BLOCK_M)
-    start = sequence_start(cu_seqlens, b, seqlen)
-    rows = (sequence_start(cu_seqlens, b + 1, seqlen) - start) * G
-    row_first = tile * BLOCK_M
-    if row_first >= rows:
+    start, row0, low, high, rows = locate_rows(tl.program_id(0), cu_seqlens, batch, seqlen, first, last, G, BLOCK_M)
+    if (low >= high) | (row0 >= high):
         return
-    row = row_first + tl.arange(0, BLOCK_M)
-    inside = (row < rows)[:, None]
+    row = row0 + tl.arange(0, BLOCK_M)
+    written = (row >= low) & (row < high)
+    inside = written[:, None]
     t = row // G
-    t_first = row_first // G
-    t_last = (tl.minimum(row_first + BLOCK_M, rows) - 1) // G
+    t_first = row0 // G
+    t_last = (tl.minimum(row0 + BLOCK_M, rows) - 1) // G
 
     stride_qt = tl.multiple_of(stride_qt, 8)
     stride_qh = tl.multiple_of(stride_qh, 8)
-    q_rows = q_ptr + (start + t[:, None]) * stride_qt + (head * G + (row % G)[:, None]) * stride_qh
+    q_rows = q_ptr + (start - first + t[:, None]) * stride_qt + (head * G + (row % G)[:, None]) * stride_qh
     k_head = k_ptr + start * tl.multiple_of(stride_kt, 8) + head * tl.multiple_of(stride_kh, 8)
     v_head = v_ptr + start * tl.multiple_of(stride_vt, 8) + head * tl.multiple_of(stride_vh, 8)
     dq = tl.arange(0, DQ)[None, :]
@@ -268,11 +282,11 @@ def sliding_attention_fwd_kernel(
             KEYS=BLOCK_EDGE, MASK=True, EDGE=True,
         )
     total = tl.where(row < rows, total, 1.0)
-    token_row = (start + t).to(tl.int64) * heads + head * G + row % G
+    token_row = (start - first + t).to(tl.int64) * heads + head * G + row % G
     inverse = 1.0 / total
     o = (acc * inverse[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + token_row[:, None] * D_V + tl.arange(0, DV)[None, :], o, mask=inside)
-    tl.store(lse_ptr + token_row, (top + tl.log2(total)) * 0.6931471805599453, mask=row < rows)
+    tl.store(lse_ptr + token_row, (top + tl.log2(total)) * 0.6931471805599453, mask=written)
 
 
 G = 16
@@ -280,6 +294,7 @@ BLOCK_M = 128
 BLOCK_N = 32
 WINDOW = 512
 TILE_TOKENS = (BLOCK_M + G - 2) // G + 1 if BLOCK_M % G else BLOCK_M // G  # most tokens a tile touches
+HALO = (BLOCK_M + G - 2) // G  # tokens of a chunk's first tile that may lie before the chunk
 EDGE_KEYS = TILE_TOKENS - 1 + WINDOW % BLOCK_N  # keys before the BLOCK_N tiles, away from a sequence's start
 
 _sliding = Launcher(
@@ -303,20 +318,21 @@ _sliding = Launcher(
 )
 
 
-def sliding_attention_fwd(q, k, v, o, lse, scale, cu_seqlens, batch, max_seqlen):
+def sliding_attention_fwd(q, k, v, o, lse, scale, token_start, cu_seqlens, batch, max_seqlen):
     """Causal attention of query t to keys t - window < s <= t of its own sequence (paper section 3.3.3).
 
     Args:
-        q: [T, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
+        q: [R, Hq, D_QK], last dim contiguous, strides multiples of 8 elements: the queries [token_start, token_start + R).
         k, v: [T, Hkv, D_QK] and [T, Hkv, D_V], the same.
-        o: [T, Hq, D_V] contiguous, written.
-        lse: [T, Hq] fp32 contiguous, written: natural log of the softmax denominator.
+        o: [R, Hq, D_V] contiguous, written.
+        lse: [R, Hq] fp32 contiguous, written: natural log of the softmax denominator.
         scale: factor on q·k, > 0.
+        token_start: packed token of the first query.
         cu_seqlens: [B + 1] int32 on the device, or None where all sequences have max_seqlen tokens.
         batch: B.
         max_seqlen: tokens of the longest sequence.
     """
-    tokens, heads_kv = k.shape[0], k.shape[1]
-    grid = (tokens * G // BLOCK_M + batch, heads_kv)
+    queries, heads_kv = q.shape[0], k.shape[1]
+    grid = ((queries + min(token_start, HALO)) * G // BLOCK_M + batch, heads_kv)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    _sliding(grid, q, k, v, o, lse, cu_seqlens, scale, tokens, batch, max_seqlen, *strides)
+    _sliding(grid, q, k, v, o, lse, cu_seqlens, scale, token_start, token_start + queries, batch, max_seqlen, *strides)
