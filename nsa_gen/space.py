@@ -353,7 +353,10 @@ SPACES["select_topk"] = Space(
         Knob("num_warps", (1, 2, 4)),
         Knob("maxnreg", (None, 48, 64, 80)),
     ),
-    defaults={"": lambda p: _select_default(None), "sm_90": lambda p: _select_default(64), "sm_80": lambda p: _select_default(64)},
+    defaults={
+        "": lambda p: _select_default(None),
+        **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"), lambda p: _select_default(64)),
+    },
     safe=lambda p: {"WIDTH": 1024, "BLOCK_ROWS": 1, "num_warps": 4, "maxnreg": None},
 )
 

@@ -276,10 +276,10 @@ def select_topk_kernel(
                 pass
             elif RESIDENT:
                 # Early queries have few candidates: they do not pay for the width of the last ones.
-                for i in tl.static_range(3):
-                    if (WIDTH >> i) >= LEAST:
-                        if (last < (WIDTH >> i)) & ((i == 2) | ((WIDTH >> i) < 2 * LEAST) | (last >= (WIDTH >> i) // 2)):
-                            pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH >> i, True)
+                HALVINGS: tl.constexpr = 2 if WIDTH >= 4 * LEAST else 1 if WIDTH >= 2 * LEAST else 0
+                for i in tl.static_range(HALVINGS + 1):
+                    if (last < (WIDTH >> i)) & ((i == HALVINGS) | (last >= (WIDTH >> i) // 2)):
+                        pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH >> i, True)
             else:
                 pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH, False)
 
