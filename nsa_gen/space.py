@@ -355,7 +355,7 @@ SPACES["select_topk"] = Space(
     ),
     defaults={
         "": lambda p: _select_default(None),
-        **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"), lambda p: _select_default(64)),
+        **dict.fromkeys(("sm_80", "sm_89", "sm_90"), lambda p: _select_default(64)),
     },
     safe=lambda p: {"WIDTH": 1024, "BLOCK_ROWS": 1, "num_warps": 4, "maxnreg": None},
 )
