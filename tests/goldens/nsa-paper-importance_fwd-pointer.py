@@ -233,6 +233,8 @@ def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch,
     q [R,Hq,Dqk], k_cmp [max(T//d,1),Hkv,Dqk], lse [R,Hq] fp32 of the compressed branch (contiguous)
     → scores fp32 [R,Hkv,NB], contiguous, NB >= cdiv(max_seqlen, l'). Only columns i <= t // l' are written.
     """
+    if not q.shape[0]:
+        return
     queries, heads = q.shape[0], k_cmp.shape[1]
     key_tiles = triton.cdiv(triton.cdiv(max_seqlen, _SELECTION_BLOCK), _KEY_TILE_BLOCKS)
     walks = queries // (_TILES * _BLOCK_T) + batch
