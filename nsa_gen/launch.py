@@ -33,6 +33,9 @@ _DTYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 _recording: list[Job] | None = None
+#: What ``torch.cuda.current_device`` and ``current_stream`` come down to: a launch has tensors on the GPU, so CUDA is initialised.
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,14 @@ class Launcher:
         options: ``num_warps``, ``num_stages``, ``maxnreg`` (``None`` values are dropped).
     """
 
-    __slots__ = ("_bound", "constants", "kernel", "options")
+    __slots__ = ("_bound", "_interpreted", "constants", "kernel", "options")
 
     def __init__(self, kernel: Any, constants: dict[str, Any] | None = None, **options: Any):
         self.kernel = kernel
         self.constants = constants or {}
         self.options = {name: value for name, value in options.items() if value is not None}
         self._bound: dict[Any, Any] = {}
+        self._interpreted = not isinstance(kernel, triton.JITFunction)
 
     def __call__(self, grid: tuple[int, ...], *args: Any, **extra: Any) -> None:
         """Launch on the current stream of the current device.
@@ -108,23 +112,22 @@ class Launcher:
             args: run-time arguments in signature order (all constexpr parameters come after them).
             extra: constexpr values that differ from call to call (one binary for each distinct set).
         """
-        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
         if _recording is not None:
             _recording.append(self.job(args, extra))
             return
+        grid_x, grid_y, grid_z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         if not grid_x * grid_y * grid_z:
             return
-        kernel = self.kernel
-        if not isinstance(kernel, triton.JITFunction):  # the interpreter
-            kernel[grid](*args, **self.constants, **extra)
+        if self._interpreted:
+            self.kernel[grid](*args, **self.constants, **extra)
             return
-        device = torch.cuda.current_device()
+        device = _current_device()
         key = (device, *extra.values()) if extra else device
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(args, extra)
         run, function, metadata, tail = bound
-        run(grid_x, grid_y, grid_z, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None, *args, *tail)
+        run(grid_x, grid_y, grid_z, _current_stream(device), function, metadata, None, None, None, *args, *tail)
 
     @staticmethod
     def rows(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
