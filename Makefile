@@ -48,7 +48,8 @@ goldens: $(ENV)
 
 env: $(ENV)
 
-# The stamp is written last: an interrupted install is done again.
+# The stamp is written last: an interrupted install is done again. Python compiles modules when they are first imported (--no-compile):
+# most of torch's never are.
 $(VENV)/.ready: requirements-dev.txt pyproject.toml
 	@set -e; \
 	for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -57,7 +58,7 @@ $(VENV)/.ready: requirements-dev.txt pyproject.toml
 	if [ -z "$$found" ]; then echo "make: no Python >= 3.11 found; say PYTHON=/path/to/python" >&2; exit 1; fi; \
 	echo "creating $(VENV) with $$($$found --version)"; \
 	$$found -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

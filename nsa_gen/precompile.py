@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -107,7 +108,7 @@ def compile_many(builds: Iterable[Build], processes: int | None = None) -> Itera
     """
     distinct = list(dict.fromkeys(builds))
     processes = min(processes or os.cpu_count() or 1, max(len(distinct), 1))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_no_gpu) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_compiler_only) as pool:
         try:
             for future in as_completed([pool.submit(compile_one, build) for build in distinct]):
                 yield future.result()
@@ -115,9 +116,11 @@ def compile_many(builds: Iterable[Build], processes: int | None = None) -> Itera
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _no_gpu() -> None:
+def _compiler_only() -> None:
+    """No interpreter, no GPU, and no garbage collection: walking what the compiler holds takes a tenth of the time, to free little."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gc.disable()
 
 
 def for_device(problems: Iterable[Problem], device: Device, seqlens: Iterable[int], batch_heads: int) -> list[Build]:
