@@ -15,9 +15,10 @@ from .config import Shape, problems
 from .device import Device
 from .errors import NSAError, TargetError
 from .render import render
+from .versions import LEAST, parsed
 
 #: Oldest versions the kernels are tested with; what works without the optional ones.
-NEEDED = {"torch": (2, 11), "triton": (3, 6), "jinja2": (3, 1), "pyyaml": (6, 0)}
+NEEDED = {**LEAST, "jinja2": (3, 1), "pyyaml": (6, 0)}
 OPTIONAL = {"optuna": "nsa-gen tune", "matplotlib": "bench --plot, report --plot"}
 VARIABLES = ("NSA_GEN_CACHE", "NSA_GEN_TUNED", "NSA_GEN_STRICT", "NSA_GEN_WORKSPACE", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 
@@ -94,17 +95,13 @@ def _versions(found: Examination) -> None:
         except metadata.PackageNotFoundError:
             found.add("versions", "bad", f"{name} is not installed: pip install '{name}>={'.'.join(map(str, least))}'")
             continue
-        if _parsed(version) < least:
+        if parsed(version) < least:
             found.add("versions", "bad", f"{name} {version} is older than {'.'.join(map(str, least))}: pip install -U {name}")
         else:
             found.add("versions", "ok", f"{name} {version}")
     for name, use in OPTIONAL.items():
         if util.find_spec(name) is None:
             found.add("versions", "note", f"{name} is not installed; needed for {use}")
-
-
-def _parsed(version: str) -> tuple[int, ...]:
-    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split("+")[0].split(".")[:2])
 
 
 def _gpu(found: Examination) -> Device | None:

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from . import device as _device
 from . import loader, lookup, space
@@ -24,6 +23,7 @@ from .config import Config, Problem, Shape
 from .config import problem as problem_of
 from .device import Device
 from .errors import CompileError, ConfigError, InputError
+from .launch import OutOfResources
 from .lookup import Overrides, Resolution, clear_override, override, set_override
 from .render import Source, render
 from .table import log

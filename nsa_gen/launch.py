@@ -9,17 +9,27 @@ same signature code serves ahead-of-time compilation without a GPU: under :func:
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .errors import CompileError
+from . import versions
+from .errors import CacheError, CompileError, UnsupportedVersion
+
+try:
+    import triton
+    from triton.compiler import ASTSource
+    from triton.runtime.errors import OutOfResources
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError as error:
+    raise UnsupportedVersion(f"triton is missing or too old ({error}): {versions.mend('triton')}") from error
+versions.require(torch=torch.__version__, triton=triton.__version__)
+
+__all__ = ["Job", "Launcher", "OutOfResources", "compile_job", "recording"]
 
 _DTYPES = {
     torch.float32: "fp32",
@@ -32,6 +42,8 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
+#: What the system says of a folder that cannot be written.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 _recording: list[Job] | None = None
 #: What ``torch.cuda.current_device`` and ``current_stream`` come down to: a launch has tensors on the GPU, so CUDA is initialised.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -60,6 +72,7 @@ def compile_job(job: Job, target: Any) -> Any:
 
     Raises:
         CompileError: Triton refused the kernel; the message names kernel and target.
+        CacheError: Triton cannot write its cache.
     """
     names = list(job.signature)
     aligned = {
@@ -71,6 +84,9 @@ def compile_job(job: Job, target: Any) -> Any:
         source = ASTSource(fn=job.kernel, signature=job.signature, constexprs=job.constants, attrs=aligned)
         return triton.compile(source, target=target, options=job.options)
     except Exception as error:  # Triton raises many types, from ValueError to RuntimeError with an MLIR dump
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            mend = "set TRITON_CACHE_DIR to a writable folder"
+            raise CacheError(f"triton cannot write its cache: {error.filename}: {error.strerror}; {mend}") from error
         raise CompileError(f"{job.name} for {target.backend}:{target.arch}: {type(error).__name__}: {error}") from error
 
 

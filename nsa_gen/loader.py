@@ -39,10 +39,9 @@ def load(source: Source) -> ModuleType:
     name = f"nsa_gen_rendered.{source.kernel}_{source.digest}"
     if name in _modules:
         return _modules[name]
-    with paths.writable_cache("src") as folder:
-        path = folder / f"{source.kernel}_{source.digest}.py"
-        if not path.exists() or path.read_text(encoding="utf-8") != source.text:
-            paths.write_atomic(path, source.text)
+    path = paths.writable_cache("src") / f"{source.kernel}_{source.digest}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != source.text:
+        paths.write_atomic(path, source.text)
     module = load_file(path, name)
     _modules[name] = module
     return module

@@ -4,7 +4,7 @@ A checkout keeps ``templates/``, ``specs/`` and ``tuned/`` at its top level; a w
 
 | variable | meaning | default |
 |---|---|---|
-| ``NSA_GEN_CACHE`` | rendered modules, user table entries | ``$XDG_CACHE_HOME/nsa-gen`` or ``~/.cache/nsa-gen`` |
+| ``NSA_GEN_CACHE`` | rendered modules (if read-only: a temporary one), user rows | ``$XDG_CACHE_HOME/nsa-gen`` or ``~/.cache/nsa-gen`` |
 | ``NSA_GEN_TUNED`` | folder of shipped tables | the one shipped |
 | ``NSA_GEN_STRICT`` | ``1``: raise ``NotTuned`` instead of falling back | ``0`` |
 | ``NSA_GEN_DEBUG`` | ``1``: tracebacks on the command line; operators check values on the GPU too (a sync a call) | ``0`` |
@@ -13,10 +13,11 @@ A checkout keeps ``templates/``, ``specs/`` and ``tuned/`` at its top level; a w
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from .errors import CacheError, InputError
@@ -69,7 +70,7 @@ def workspace_bytes() -> int:
     number, suffix = (text[:-1], text[-1]) if text[-1:] in _SUFFIX and text[-1:] else (text, "")
     try:
         value = int(float(number) * _SUFFIX[suffix])
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value <= 0:
         raise InputError(f"NSA_GEN_WORKSPACE must be a positive size such as 512M or 2G, got {text!r}")
@@ -96,15 +97,22 @@ def write_atomic(path: Path, text: str) -> None:
         raise CacheError(f"cannot write {path}: {error.strerror or error}; set NSA_GEN_CACHE to a writable folder") from error
 
 
-@contextmanager
-def writable_cache(sub: str) -> Iterator[Path]:
-    """A writable folder below the cache, or a temporary one (for this process) where the cache is read-only."""
+def writable_cache(sub: str) -> Path:
+    """A writable folder below the cache, or below a temporary one, gone with this process, where the cache is read-only."""
     folder = cache() / sub
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        if os.access(folder, os.W_OK):
+            return folder
     except OSError:
-        writable = False
-    if not writable:
-        folder = Path(tempfile.mkdtemp(prefix="nsa-gen-"))
-    yield folder
+        pass
+    folder = _temporary() / sub
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="nsa-gen-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

@@ -1,0 +1,105 @@
+"""Launching: what is compiled, what is bound, and what goes wrong; with the real compiler, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+PREAMBLE = """
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from nsa_gen import launch
+from nsa_gen.errors import CacheError, CompileError
+from nsa_gen.launch import Launcher
+
+@triton.jit
+def scale_kernel(x, y, factor: tl.float32, rows: tl.int32, stride_row: tl.int64, BLOCK: tl.constexpr, SQUARE: tl.constexpr = False):
+    at = tl.program_id(0) * stride_row + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=tl.arange(0, BLOCK) < rows)
+    tl.store(x + at, value * value if SQUARE else value * factor)
+
+@triton.jit
+def untyped_kernel(x, rows, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), rows)
+
+x = torch.empty(8, 64, device="meta", dtype=torch.bfloat16)
+H200 = GPUTarget("cuda", 90, 32)
+"""
+
+
+@pytest.mark.compile
+def test_jobs_say_what_is_compiled(compiled_python):
+    code = """
+run = Launcher(scale_kernel, {"BLOCK": 64}, num_warps=2, maxnreg=None)
+with launch.recording() as jobs:
+    run((8,), x, None, 2.0, 8, 64)
+    run((8, 1), x, x.float(), 2.0, 8, 64, SQUARE=True)
+    with launch.recording() as inner:
+        run((0,), x, None, 2.0, 8, 64)
+plain, squared = jobs
+assert len(inner) == 1 and plain.name == "scale_kernel" and plain.options == {"num_warps": 2}
+assert list(plain.signature.values()) == ["*bf16", "constexpr", "fp32", "i32", "i64", "constexpr", "constexpr"]
+assert plain.constants == {"BLOCK": 64, "y": None, "SQUARE": False} and squared.constants == {"BLOCK": 64, "SQUARE": True}
+assert squared.signature["y"] == "*fp32"
+text = launch.compile_job(plain, H200).asm["ttir"]
+assert text.count("tt.divisibility = 16 : i32") == 1 and text.count("tt.divisibility = 8 : i32") == 1
+print("right")
+"""
+    assert "right" in compiled_python(PREAMBLE + code)
+
+
+@pytest.mark.compile
+def test_a_launch_binds_once_a_device_and_set_of_constants(compiled_python):
+    code = """
+launched, compiled = [], []
+class Compiled:
+    function, packed_metadata = "function", "metadata"
+    def run(self, *args):
+        launched.append(args)
+def compile_job(job, target):
+    compiled.append(job.constants["SQUARE"])
+    return Compiled()
+launch.compile_job, launch._current_device, launch._current_stream = compile_job, lambda: 1, lambda device: 1000 + device
+triton.runtime.driver.set_active(type("Driver", (), {"get_current_target": lambda self: H200})())
+run = Launcher(scale_kernel, {"BLOCK": 64})
+for _ in range(2):
+    run((3,), x, None, 2.0, 8, 64)
+    run((3, 4, 5), x, None, 2.0, 8, 64, SQUARE=True)
+run((3, 0), x, None, 2.0, 8, 64)
+assert compiled == [False, True] and len(launched) == 4
+assert launched[0] == (3, 1, 1, 1001, "function", "metadata", None, None, None, x, None, 2.0, 8, 64, 64, False)
+assert launched[1][:3] == (3, 4, 5) and launched[1][-1] is True
+print("right")
+"""
+    assert "right" in compiled_python(PREAMBLE + code)
+
+
+@pytest.mark.compile
+def test_errors_name_the_kernel_or_the_folder(compiled_python, tmp_path):
+    code = """
+import sys
+with launch.recording() as jobs:
+    Launcher(scale_kernel, {"BLOCK": 48})((8,), x, None, 2.0, 8, 64)
+    Launcher(scale_kernel, {"BLOCK": 32})((8,), x, None, 2.0, 8, 64)
+    try:
+        Launcher(untyped_kernel, {"BLOCK": 64})((8,), x, 3)
+    except CompileError as error:
+        assert "untyped_kernel: parameter 'rows' needs a type annotation" in str(error)
+    else:
+        raise AssertionError
+try:
+    launch.compile_job(jobs[0], H200)
+except CompileError as error:
+    assert "scale_kernel for cuda:90" in str(error) and "power of 2" in str(error), error
+else:
+    raise AssertionError
+triton.knobs.cache.dir = sys.argv[1] + "/triton"
+try:
+    launch.compile_job(jobs[1], H200)
+except CacheError as error:
+    assert "set TRITON_CACHE_DIR to a writable folder" in str(error) and sys.argv[1] in str(error), error
+else:
+    raise AssertionError
+print("right")
+"""
+    (tmp_path / "file").write_text("")
+    assert "right" in compiled_python(PREAMBLE + code, str(tmp_path / "file"))
