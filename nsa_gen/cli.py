@@ -205,10 +205,10 @@ def _print_built(built: Iterable[Any], names: dict[Any, str]) -> None:
             return one.error
         return "fits" if one.fits else f"does not fit: {one.shared} > {one.limit} bytes of shared memory"
 
-    rows = sorted(
+    rows = [
         (names.get((b.build.problem, b.build.config), b.build.problem.kernel), b.shared, b.registers, b.spills, verdict(b)) for b in built
-    )
-    console.print_table(("kernel", "shared bytes", "registers", "spilled bytes", ""), rows)
+    ]
+    console.print_table(("kernel", "shared bytes", "registers", "spilled bytes", ""), sorted(rows, key=lambda row: row[0]))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nsa_gen import bench, config, console, demo, doctor, paths, space, spec, tables
+from nsa_gen import bench, config, console, demo, doctor, paths, precompile, space, spec, tables
 from nsa_gen.cli import main
 from nsa_gen.errors import InputError
 from nsa_gen.render import render
@@ -107,9 +107,13 @@ def test_spec_validate(nsa, tmp_path):
         (("bench", "tiny", "-n", "64x"), "64k is 65536"),
         (("tune", "tiny", "--budget", "soon"), "90s, 5m, 2h"),
         (("table", "show", "nowhere"), "nowhere"),
+        (("generate", ROOT / "Makefile", "-t", "sm_90", "-o", "x"), "Makefile"),
+        (("tune", "tiny"), "no GPU is visible"),
+        (("doctor", "-t", "sm_75"), "allowed: nvidia-a100-40gb"),
     ],
 )
-def test_errors_are_one_line_with_the_mend(nsa, args, said):
+def test_errors_are_one_line_with_the_mend(nsa, args, said, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, err = nsa(*args)
     assert code == 2 and not out
     assert err.startswith("nsa-gen: error: ") and err.count("\n") == 1 and said in err
@@ -140,6 +144,24 @@ def test_generate(nsa, tmp_path):
     assert code == 0 and found["target"] == "sm_90" and "sliding_attention_fwd" in found["kernels"] and found["check"] == []
     assert (tmp_path / "nsa_tiny" / "rendered" / "sliding_attention_fwd.py").exists()
     assert "kernels for sm_90" in nsa("generate", "tiny", "-t", "sm_90", "-o", tmp_path / "nsa_tiny")[1]
+
+
+def test_generate_check_shows_what_each_kernel_takes(nsa, tmp_path, monkeypatch):
+    def compile_many(builds, jobs):
+        for number, build in enumerate(builds):
+            shared, error = (999_999, None) if number == 1 else (0, "no such layout") if number == 2 else (4096, None)
+            yield precompile.Built(build, 1, shared, 40 + number, 8 * number, build.target.shared_bytes, error, 1.0)
+
+    monkeypatch.setattr(precompile, "compile_many", compile_many)
+    args = ("generate", "tiny", "-t", "sm_80", "-o", tmp_path / "nsa_tiny", "--check")
+    code, out, _ = nsa(*args)
+    lines = [line.split() for line in out.splitlines()[1:]]
+    assert code == 1 and lines[0] == ["kernel", "shared", "bytes", "registers", "spilled", "bytes"]
+    assert [line[1:] for line in lines[1:] if line[2] == "40"] == [["4096", "40", "0", "fits"]]
+    assert "does not fit: 999999 > 166912 bytes of shared memory" in out and "no such layout" in out
+    found = json.loads(nsa(*args, "--json")[1])
+    assert len(found["check"]) == len(found["kernels"]) == len(lines) - 1
+    assert [one["fits"] for one in found["check"]] == [number not in (1, 2) for number in range(len(found["check"]))]
 
 
 def test_table_commands(nsa, tmp_path, monkeypatch):

@@ -66,8 +66,20 @@ def test_sdist_contents(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = ["pyproject.toml", "Makefile", "requirements-dev.txt", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run"]
-    wanted += ["nsa_gen/cli.py", "templates/_header.py.jinja", "specs/tiny.yaml", "tests/test_wheel.py", "docs/design.md"]
+    wanted += ["nsa_gen/cli.py", "tests/test_wheel.py", "docs/design.md", "benchmarks/dispatch_overhead.py", "tuned/README.md"]
+    for folder in ("templates", "specs", "tuned"):
+        wanted += [p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.suffix in (".jinja", ".yaml", ".json")]
+    assert len(wanted) > 30
     assert not [name for name in wanted if name not in names]
+
+
+def test_the_wheel_of_the_sdist_is_the_wheel(built, tmp_path):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    sh(sys.executable, "-m", "hatchling", "build", "-d", tmp_path / "dist", "-t", "wheel", cwd=next(tmp_path.glob("nsa_gen-*")))
+    wheels = [zipfile.ZipFile(next(folder.glob("*.whl"))) for folder in (built, tmp_path / "dist")]
+    one, other = ({info.filename: info.CRC for info in wheel.infolist() if not info.is_dir()} for wheel in wheels)
+    assert one == other
 
 
 def test_installed_wheel_renders_resolves_and_runs(installed, tmp_path):
