@@ -22,6 +22,9 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
         "dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "initial", "local", "varlen",
     ),
     "sliding_attention_fwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "window", "varlen"),
+    "sliding_merge_fwd": (
+        "dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "initial", "local", "window", "varlen",
+    ),
     "combine_fwd": ("dtype", "head_dim_v"),
 }  # fmt: skip
 KERNELS = tuple(KEY_FIELDS)

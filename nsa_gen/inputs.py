@@ -7,6 +7,7 @@ undefined columns of score tensors are NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -95,6 +96,8 @@ class Case:
                 host(t["q"], t["k"], t["v"], t["block_indices"], o["o"], o["lse"], t["scale"], t["workspace_bytes"], 0, *tail)
             case "sliding_attention_fwd":
                 host(t["q"], t["k"], t["v"], o["o"], o["lse"], t["scale"], 0, *tail)
+            case "sliding_merge_fwd":
+                host(*(t[name] for name in _MERGED), o["o"], t["scale"], 0, *tail)
 
     def expected(self, queries: Tensor | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """The reference's outputs, computed in ``dtype``.
@@ -129,6 +132,10 @@ class Case:
             case "sliding_attention_fwd":
                 found = reference.sliding_attention(t["q"], t["k"], t["v"], p.window, t["scale"], cu, queries, dtype)
                 return dict(zip(("o", "lse"), found, strict=True))
+            case "sliding_merge_fwd":
+                given = [t[name] for name in _MERGED]
+                blocks = (p.selection_block, p.initial, p.local, p.count)
+                return {"o": reference.sliding_merge(*given, p.window, *blocks, t["scale"], cu, queries, dtype)}
             case _:
                 return {"o": reference.combine(*(x if queries is None else x[queries] for x in t.values()), dtype=dtype)}
 
@@ -186,6 +193,11 @@ class Case:
                 return 2 * self.heads_query * (p.head_dim_qk + p.head_dim_v) * int(seen.sum())
             case "sliding_attention_fwd":
                 return 2 * self.heads_query * (p.head_dim_qk + p.head_dim_v) * int((position + 1).clamp(max=p.window).sum())
+            case "sliding_merge_fwd":
+                block, forced = p.selection_block, p.initial + p.local
+                seen = (position // block + 1).clamp(max=forced) * block - (block - 1 - position % block)
+                pairs = int((position + 1).clamp(max=p.window).sum()) + int(seen.clamp(min=0).sum())
+                return 2 * self.heads_query * (p.head_dim_qk + p.head_dim_v) * pairs
             case _:
                 return 5 * self.total * self.heads_query * p.head_dim_v
 
@@ -369,6 +381,36 @@ def _sliding_attention(made: Case, values: Values, workspace_bytes: int) -> None
     _attention_outputs(made, values)
 
 
+#: Arguments of ``sliding_merge_fwd`` in the order of its signature, up to the output.
+_MERGED = ("q", "k_slc", "v_slc", "k_swa", "v_swa", "part", "part_lse", "o_cmp", "g_cmp", "g_slc", "g_swa")
+
+
+def _sliding_merge(made: Case, values: Values, workspace_bytes: int) -> None:
+    p, heads, total = made.problem, made.heads_kv, made.total
+    slots = p.count - p.initial - p.local
+    q, k = values.q_k(total, heads, p.group, total, p.head_dim_qk)
+    v = values.normal(total, heads, p.head_dim_v)
+    # K and V of their own, as where the spec has them per branch, of the same kind: the others' tokens in another order.
+    k_swa, v_swa = (x.roll(1, 0) if values.real else x for x in (k, v))
+    made.tensors |= {"q": q, "k_slc": k, "v_slc": v, "k_swa": k_swa, "v_swa": v_swa}
+    made.tensors["part"] = values.normal(heads * slots, total, p.group * p.head_dim_v).view(heads, slots, total, p.group, p.head_dim_v)
+    # About what a block of keys gives: log2 of its size, more or less.
+    spread = values.empty(heads, slots, total, p.group, dtype=torch.float32)
+    if values.real:
+        spread.copy_(values.normal(heads * slots, total, p.group).view_as(spread)).add_(math.log2(p.selection_block))
+        current = positions(made.seqlens, made.device) // p.selection_block
+        filled = (current + 1).clamp(max=p.count) - p.initial - p.local
+        nothing = (torch.arange(slots, device=made.device)[:, None] >= filled)[None, :, :, None]
+        spread.masked_fill_(nothing, torch.nan)  # what a query has no block for is unwritten memory
+        made.tensors["part"].masked_fill_(nothing[..., None], torch.nan)
+    made.tensors["part_lse"] = spread
+    made.tensors["o_cmp"] = values.normal(total, made.heads_query, p.head_dim_v)
+    for branch in ("cmp", "slc", "swa"):
+        made.tensors[f"g_{branch}"] = values.normal(total, made.heads_query).sigmoid()
+    made.tensors["scale"] = p.head_dim_qk**-0.5
+    made.outputs["o"] = values.empty(total, made.heads_query, p.head_dim_v)
+
+
 def _combine(made: Case, values: Values, workspace_bytes: int) -> None:
     shape = (made.total, made.heads_query)
     for branch in ("cmp", "slc", "swa"):
@@ -385,5 +427,6 @@ _BUILD: dict[str, Callable[[Case, Values, int], None]] = {
     "select_topk": _select,
     "selected_attention_fwd": _selected_attention,
     "sliding_attention_fwd": _sliding_attention,
+    "sliding_merge_fwd": _sliding_merge,
     "combine_fwd": _combine,
 }

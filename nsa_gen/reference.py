@@ -9,6 +9,7 @@ slabs of about ``SLAB_BYTES``, so sampled rows of very long sequences fit in mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -247,6 +248,42 @@ def sliding_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
         return slab.start + position, position >= 0
 
     return _attend_listed(tokens, window, q, k, v, scale, cu_seqlens, queries, dtype)
+
+
+def sliding_merge(q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa: Tensor, part: Tensor, part_lse: Tensor, o_cmp: Tensor,
+                  g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, window: int, selection_block: int, initial: int, local: int, count: int,
+                  scale: float | None = None, cu_seqlens: Lengths = None, queries: Tensor | None = None,
+                  dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    """Sliding attention, the merge of selected attention's partial results with its initial and local blocks, and the gated sum of all
+    branches (paper eqs. 5, 12): ``o [S,Hq,Dv]``.
+
+    Args:
+        part: ``[Hkv,n - initial - local,T,G,Dv]``, a query's attention over each of its other blocks: as many as it has.
+        part_lse: ``[Hkv,n - initial - local,T,G]``, log2 of their softmax denominators.
+    """
+    dtype = dtype or q.dtype
+    heads, slots = k_slc.shape[1], count - initial - local
+    starts = torch.tensor([start for start, end in bounds(cu_seqlens, len(q)) if end > start], device=q.device, dtype=torch.long)
+    tokens = torch.arange(len(q), device=q.device)
+    current = (tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] if len(q) else tokens) // selection_block
+    newest = current[:, None] - torch.arange(local - 1, -1, -1, device=q.device)
+    dense = torch.cat([torch.arange(initial, device=q.device).expand(len(q), -1), newest], 1)
+    dense[:, :initial].masked_fill_(dense[:, :initial] > (current - local)[:, None], -1)
+    dense = dense.clamp(min=-1)[:, None].expand(-1, heads, -1)
+    at = (scale, cu_seqlens, queries, dtype)
+    o_dense, lse = selected_attention(q, k_slc, v_slc, dense, selection_block, *at)
+    o_swa, _ = sliding_attention(q, k_swa, v_swa, window, *at)
+    chosen = tokens if queries is None else queries
+    filled = (current[chosen] + 1).clamp(max=count) - initial - local
+    has = (torch.arange(slots, device=q.device) < filled[:, None])[:, None, None]  # [S,1,1,slots]
+    o_part, lse_part = part[:, :, chosen].permute(2, 0, 3, 1, 4), part_lse[:, :, chosen].permute(2, 0, 3, 1)  # [S,Hkv,G,slots(,Dv)]
+    lse_part = torch.where(has, lse_part.to(lse.dtype) * math.log(2), -torch.inf)
+    all_lse = torch.cat([lse_part, lse.unflatten(1, (heads, -1))[..., None]], -1)
+    weight = torch.nan_to_num((all_lse - all_lse.amax(-1, keepdim=True)).softmax(-1), nan=0.0).to(dtype)  # a query without any block: 0
+    all_o = torch.cat([torch.where(has[..., None], o_part.to(dtype), 0.0), o_dense.unflatten(1, (heads, -1))[..., None, :]], -2)
+    o_slc = (weight[..., None] * all_o).sum(-2).flatten(1, 2)
+    gates = (g[chosen] for g in (g_cmp, g_slc, g_swa))
+    return combine(o_cmp[chosen], o_slc, o_swa, *gates, dtype=dtype)
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor,

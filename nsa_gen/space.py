@@ -188,38 +188,77 @@ def _selected_illegal(p: Problem, c: Config) -> str | None:
     return None
 
 
+# Sliding attention, and the same with the merge of selected attention behind it.
+_SLIDING_KNOBS = (
+    Knob("loads", ("pointer", "descriptor")),  # of K and V, but for tiles that begin before their sequence
+    # "edges": only the tiles on the window's two ends are masked; "all": one loop, masked throughout.
+    Knob("mask", ("edges", "all")),
+    Knob("BLOCK_M", (32, 64, 128, 256)),
+    Knob("BLOCK_N", (16, 32, 64, 128)),
+    Knob("num_warps", (4, 8)),
+    Knob("num_stages", (1, 2, 3, 4)),
+    Knob("maxnreg", (None, 128, 168)),
+)
 SPACES["sliding_attention_fwd"] = Space(
-    knobs=(
-        # "edges": only the tiles on the window's two ends are masked; "all": one loop, masked throughout.
-        Knob("mask", ("edges", "all")),
-        Knob("BLOCK_M", (32, 64, 128, 256)),
-        Knob("BLOCK_N", (16, 32, 64, 128)),
-        Knob("num_warps", (4, 8)),
-        Knob("num_stages", (1, 2, 3, 4)),
-        Knob("maxnreg", (None, 128, 168)),
-    ),
+    knobs=_SLIDING_KNOBS,
     defaults={
         "": lambda p: _sliding_default(p, keys=32, stages=2),
         "sm_90": lambda p: _sliding_default(p, keys=64, stages=3),
         "sm_100": lambda p: _sliding_default(p, keys=64, stages=3),
         "gfx942": lambda p: _sliding_default(p, keys=64, stages=2),
     },
-    safe=lambda p: {"mask": "edges", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": None},
+    safe=lambda p: _sliding_safe(),
+    illegal=lambda p, c: _sliding_illegal(p, c),
+)
+SPACES["sliding_merge_fwd"] = Space(
+    knobs=(
+        # The loop over partial results: loads in flight in registers, or by the pipeline in shared memory.
+        Knob("merge", ("unrolled", "pipelined")),
+        Knob("dense_stages", (1, 2, 3)),  # of the loop over initial and local blocks
+        *_SLIDING_KNOBS,
+    ),
+    defaults={
+        "": lambda p: _merge_default(p, stages=2),
+        "sm_90": lambda p: _merge_default(p, stages=3),
+        "sm_100": lambda p: _merge_default(p, stages=3),
+    },
+    safe=lambda p: {"merge": "pipelined", "dense_stages": 1, **_sliding_safe()},
     illegal=lambda p, c: _sliding_illegal(p, c),
 )
 
 
+def _sliding_safe() -> dict[str, Value]:
+    return {"loads": "pointer", "mask": "edges", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": None}
+
+
 def _sliding_default(p: Problem, keys: int, stages: int) -> dict[str, Value]:
     if p.dtype == "float32":
-        return _space("sliding_attention_fwd").safe(p)
-    dim = max(p.head_dim_qk, p.head_dim_v)
-    rows = 64 if dim > 192 and stages < 3 else 128  # little shared memory there
-    if dim > 128 or p.window < 64:
-        keys, stages = 32, 2
-    return {"mask": "edges", "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": rows // 16, "num_stages": stages, "maxnreg": None}
+        return _sliding_safe()
+    dims = p.head_dim_qk, p.head_dim_v
+    tiles = {"mask": "edges", "maxnreg": None, "num_stages": stages}
+    if keys == 64 and stages == 3 and p.window >= 64 and max(dims) <= 128 and not any(dim & (dim - 1) for dim in dims):
+        return {"loads": "descriptor", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, **tiles}  # registers for three programs
+    rows = 64 if max(dims) > 192 and stages < 3 else 128  # little shared memory there
+    if max(dims) > 128 or p.window < 64:
+        keys, tiles["num_stages"] = 32, 2
+    return {"loads": "pointer", "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": rows // 16, **tiles}
+
+
+def _merge_default(p: Problem, stages: int) -> dict[str, Value]:
+    if p.dtype == "float32":
+        return {"merge": "pipelined", "dense_stages": 1, **_sliding_safe()}
+    wide = max(p.head_dim_qk, p.head_dim_v) > 128
+    rows = 64 if stages == 3 else 32  # without wgmma q is in registers too
+    keys = 64 if stages == 3 and not wide else 32
+    tiles = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": stages - wide, "maxnreg": None}
+    return {"merge": "pipelined", "dense_stages": 2, "loads": "pointer", "mask": "edges", **tiles}
 
 
 def _sliding_illegal(p: Problem, c: Config) -> str | None:
+    if c.loads == "descriptor" and any(dim & (dim - 1) for dim in (p.head_dim_qk, p.head_dim_v)):
+        return f"a descriptor's tile has power-of-two sides, head dims are {p.head_dim_qk} and {p.head_dim_v}"
+    if c.loads == "descriptor" and c.num_stages == 1:
+        return "descriptor loads without a pipeline"
     if c.num_warps == 8 and c.BLOCK_M < 128:
         return f"8 warps on {c.BLOCK_M} rows leave warps without rows"
     if c.num_warps == 4 and c.BLOCK_M > 128:

@@ -190,12 +190,13 @@ def _bind(check: Callable[..., Check], *args: Any, **kwargs: Any) -> Callable[[]
 
 
 def _check_kernel(prob: Problem, lengths: tuple[int, ...], kind: str, device: torch.device, strided: bool) -> Check:
-    """One kernel on one case of :mod:`nsa_gen.inputs`; ``strided`` puts every tensor into a wider one."""
+    """One kernel on one case of :mod:`nsa_gen.inputs`; ``strided`` puts every tensor that may be strided into a wider one."""
     heads = 1 if device.type == "cpu" else 2
     made = inputs.case(prob, seqlens=lengths, heads_kv=heads, device=device, kind=kind)
     if strided:
         for name, x in made.tensors.items():
-            if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and name != "scores":
+            contiguous = name == "scores" or (name == "o_cmp" and prob.kernel == "sliding_merge_fwd")
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and not contiguous:
                 made.tensors[name] = _widened(x, 8)
     found = kernels.get(prob, Shape(max(lengths, default=0), len(lengths) * heads), kernels.device_of(torch.empty(0, device=device)))
     made.run(found)

@@ -77,6 +77,13 @@ def test_tiles(rows, keys):
 
 
 @runs
+@pytest.mark.parametrize("mask", ["edges", "all"])
+def test_descriptors(mask):
+    p = problem(window=40, group=3, qk=32)
+    held(p, config(p, loads="descriptor", mask=mask, num_stages=2), strided=True)
+
+
+@runs
 @pytest.mark.parametrize("seqlens", [(0,), (1,), (32, 32, 32)])
 def test_batched(seqlens):
     p = problem(varlen=False, group=3)

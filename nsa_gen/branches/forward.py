@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def inference(
     Queries go chunk after chunk through all branches, so that what is allocated besides the result, ``k_cmp`` and ``v_cmp`` (and copies of
     K and V that kernels cannot read in place) stays below ``paths.workspace_bytes()`` at any length. A chunk has at least
     ``selection.CHUNK`` queries, even where the bound is too small for them. The result does not depend on the chunks. The compressed branch
-    writes to the result, and the selected branch turns it into the gated sum of all three.
+    writes to the result, and the selected branch, with what is left to do (``_Rest``), turns it into the gated sum of all three.
     """
     total, heads_q = q.shape[:2]
     k_slc, k_swa, v_slc, v_swa = _attended(k, v)
@@ -31,45 +33,71 @@ def inference(
         return o
     g, shape = geometry(key), Shape(max_seqlen, batch * heads)
     at = (key, q, cu_seqlens, shape)
-    compressed, topk, slide = (kernel(name, *at) for name in ("compressed_attention_fwd", "select_topk", "sliding_attention_fwd"))
+    compressed, topk = (kernel(name, *at) for name in ("compressed_attention_fwd", "select_topk"))
     importance = kernel("importance_fwd", *at) if max_seqlen > g.count * g.selection_block else None
     selected = module("selected_attention_fwd", *at)
 
     columns, bound = selection.score_columns(max_seqlen, g), paths.workspace_bytes()
-    query_bytes = heads_q * (dim * q.element_size() + 4) + heads * g.count * 4
+    query_bytes = heads_q * 4 + heads * g.count * 4
     query_bytes += 0 if is_ready(q) else heads_q * q.shape[2] * q.element_size()
-    scratch = selected.workspace(heads, q.element_size(), total, batch)
+    scratch = selected.workspace(heads, q.element_size(), total, batch, True)
     chunk, scored = chunk_sizes(total, query_bytes, heads * columns * 4, bound, scratch)
     rows, scored = min(chunk, total), min(scored, total)
     left = bound - rows * query_bytes - scored * heads * columns * 4
-    o_swa = torch.empty((rows, heads_q, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads_q), dtype=torch.float32, device=q.device)
     scores = torch.empty((scored, heads, columns), dtype=torch.float32, device=q.device)
     block_indices = torch.empty((rows, heads, g.count), dtype=torch.int32, device=q.device)
     if importance is None:
         scores.zero_()  # a query may have all its candidates, whatever they score
     whole = (q, o, g_cmp, g_slc, g_swa)
+    gates: tuple[Tensor, ...]
     for start in range(0, total, chunk):
-        if rows < total:
-            stop = min(start + chunk, total)
-            q, o_cmp, g_cmp, g_slc, g_swa = (x[start:stop] for x in whole)
-            if stop - start < rows:
-                o_swa, lse, block_indices = (x[: stop - start] for x in (o_swa, lse, block_indices))
-        else:
-            o_cmp = o
+        q, o_cmp, *gates = (x[start : start + chunk] for x in whole) if rows < total else whole
+        if len(q) < rows:
+            lse, block_indices = lse[: len(q)], block_indices[: len(q)]
         q = ready(q)
         sequences = (cu_seqlens, batch, max_seqlen)
-        tail = (start, *sequences)
-        compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, *tail)
+        compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, start, *sequences)
         for i in range(0, len(q), scored):
             part = scores[: len(q) - i]
             if importance is not None:
                 importance(q[i : i + scored], k_cmp, lse[i : i + scored], part, scale, start + i, *sequences)
             topk(part, block_indices[i : i + scored], start + i, *sequences)
-        slide(q, k_swa, v_swa, o_swa, lse, scale, *tail)
-        gated = (o_cmp, o_swa, g_cmp, g_slc, g_swa)
-        selected.selected_attention_fwd(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, left, *tail, gated)
+        rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, tuple(gates), lse, scale, start, sequences)
+        selected.selected_attention_fwd(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, left, start, *sequences, rest)
     return o
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What the gated sum of some queries needs besides their selected branch, which asks for it in the form its loop order can use."""
+
+    at: tuple[str, Tensor, Tensor | None, Shape]
+    q: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_swa: Tensor
+    v_swa: Tensor
+    o_cmp: Tensor
+    gates: tuple[Tensor, ...]
+    lse: Tensor
+    scale: float
+    start: int
+    sequences: tuple[Tensor | None, int, int]
+
+    def branches(self) -> tuple[Tensor, ...]:
+        """``o_cmp, o_swa`` and the gates. Overwrites ``lse``."""
+        o_swa = torch.empty_like(self.o_cmp)
+        slide = kernel("sliding_attention_fwd", *self.at)
+        slide(self.q, self.k_swa, self.v_swa, o_swa, self.lse, self.scale, self.start, *self.sequences)
+        return self.o_cmp, o_swa, *self.gates
+
+    def merge(self, begin: int, end: int, part: Tensor, part_lse: Tensor) -> None:
+        """Write the gated sum of the queries [begin, end) over ``o_cmp``, given the partial results of their selected branch."""
+        q, o_cmp, *gates = (x[begin:end] for x in (self.q, self.o_cmp, *self.gates))
+        finish = kernel("sliding_merge_fwd", *self.at)
+        keys = (self.k_slc, self.v_slc, self.k_swa, self.v_swa)
+        finish(q, *keys, part, part_lse, o_cmp, *gates, o_cmp, self.scale, self.start + begin, *self.sequences)
 
 
 def chunk_sizes(total: int, query_bytes: int, score_bytes: int, bound: int, scratch: tuple[int, int, int]) -> tuple[int, int]:
