@@ -1,6 +1,6 @@
 """Everything about correctness that only a GPU can show, in one run: a table last, JSON on request, exit 1 if anything is wrong.
 
-    python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,compile,graph,long]
+    python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,compile,graph,long] [--jobs N]
 
 * ``verify``: every shipped spec's kernels on edge cases and its whole forward against the float64 reference (``nsa-gen verify``).
 * ``memcheck``: one ragged case of each kernel under ``compute-sanitizer --tool memcheck``, with uncached allocations, so that a byte past a
@@ -8,7 +8,8 @@
 * ``compile``, ``graph``: ``torch.compile(fullgraph=True)`` and CUDA-graph capture of the forward equal the eager result bit for bit.
 * ``long``: 512k tokens run, with the memory taken beyond inputs and output.
 
-Each check is a process of its own: one that dies is a failed line, the others still run.
+Each check is a process of its own: one that dies is a failed line, the others still run. ``--jobs`` of them share the GPU; ``long``, which
+takes much memory, runs alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +132,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--specs", default="")
     parser.add_argument("--only", default="verify,memcheck,compile,graph,long")
+    parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -140,19 +143,19 @@ def main() -> int:
     from nsa_gen.spec import names
 
     specs, only = arguments.specs.split(",") if arguments.specs else names(), arguments.only.split(",")
-    here, results = [sys.executable, str(Path(__file__).resolve()), "--child"], []
-    if "verify" in only:
-        for name in specs:
-            results.append(_run(f"verify {name}", [sys.executable, "-m", "nsa_gen", "verify", name], 300))
+    here = [sys.executable, str(Path(__file__).resolve()), "--child"]
+    checks: list[tuple[str, list[str], dict[str, str]]] = []
     if "memcheck" in only:
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         child = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--log-file", os.devnull, *here, "memcheck"]
-        results.append(_run("memcheck", [*child, "gqa16-d128"], 300, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-        child_paper = [*child, "nsa-paper"]
-        results.append(_run("memcheck nsa-paper", child_paper, 300, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-    for name in ("compile", "graph", "long"):
-        if name in only:
-            results.append(_run(name, [*here, name, ""], 300))
+        checks += [(f"memcheck {name}", [*child, name], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}) for name in ("gqa16-d128", "nsa-paper")]
+    checks += [(name, [*here, name, ""], {}) for name in ("compile", "graph") if name in only]
+    if "verify" in only:
+        checks += [(f"verify {name}", [sys.executable, "-m", "nsa_gen", "verify", name], {}) for name in specs]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(lambda check: _run(check[0], check[1], 300, **check[2]), checks))
+    if "long" in only:
+        results.append(_run("long", [*here, "long", ""], 300))
     for row in results:
         print(f"{'ok ' if row['ok'] else 'BAD'} {row['check']:24} {row['seconds']:6.1f} s  {row['result']}")
     if arguments.json:
