@@ -152,7 +152,11 @@ class Launcher:
         Rows past the last read as 0. The last dim is contiguous, the row stride a multiple of 16 bytes, ``D`` a power of two.
         """
         rows, heads, dim = x.shape
-        return TensorDescriptor(x, [rows, (heads - 1) * x.stride(1) + dim], [x.stride(0), 1], [block_rows, dim])
+        stride_row, stride_head, _ = x.stride()
+        # Without the constructor: its checks, of what is promised above, take as long as a launch does.
+        found = object.__new__(TensorDescriptor)
+        found.__dict__.update(base=x, shape=[rows, (heads - 1) * stride_head + dim], strides=[stride_row, 1], block_shape=[block_rows, dim])
+        return found
 
     def job(self, args: tuple[Any, ...], extra: dict[str, Any] | None = None) -> Job:
         """The compile job for these run-time arguments (tensors on any device, ``meta`` included)."""

@@ -73,6 +73,19 @@ print("right")
     assert "right" in compiled_python(PREAMBLE + code)
 
 
+def test_a_descriptor_is_what_triton_makes():
+    import torch
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from nsa_gen.launch import Launcher
+
+    for x in (torch.zeros(6, 4, 32), torch.zeros(6, 9, 64, dtype=torch.float16)[:, 1:5, :32], torch.zeros(4, 6, 32).transpose(0, 1)):
+        stride = x.stride(1)
+        found, want = Launcher.rows(x, 16), TensorDescriptor(x, [6, 3 * stride + 32], [x.stride(0), 1], [16, 32])
+        assert found.base is x and vars(found).keys() <= vars(want).keys()
+        assert all(getattr(found, name) == value for name, value in vars(want).items() if name != "base")
+
+
 @pytest.mark.compile
 def test_errors_name_the_kernel_or_the_folder(compiled_python, tmp_path):
     code = """

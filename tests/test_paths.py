@@ -34,7 +34,7 @@ def test_modules_load_without_a_writable_cache(unwritable):
     first, second = paths.writable_cache("src"), paths.writable_cache("src")
     assert first == second and first.is_dir() and unwritable not in first.parents
     module = loader.load(Source("somewhere_else_fwd", f"X = {str(unwritable)!r}\n"))
-    assert module.X == str(unwritable) and Path(module.__file__).parent == first
+    assert str(unwritable) == module.X and Path(module.__file__).parent == first
 
 
 def test_the_temporary_cache_goes_with_its_process(tmp_path):
