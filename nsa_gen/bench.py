@@ -124,7 +124,8 @@ def tensors(spec: Spec, seqlen: int, device: str = "cuda") -> dict[str, Any]:
 
 def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """The whole forward and each part of it as calls without arguments; a part's inputs are the outputs of those before it."""
-    from . import ops
+    from . import ops, paths
+    from .branches import forward
 
     q, gates = given["q"], [given[f"g_{branch}"] for branch in ("cmp", "slc", "swa")]
     k_cmp_in, k_slc, k_swa = given["k"] if isinstance(given["k"], tuple) else (given["k"],) * 3
@@ -140,6 +141,9 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         ops.compress(k_cmp_in, given["phi_k"], spec=spec, which="k")
         ops.compress(v_cmp_in, given["phi_v"], spec=spec, which="v")
 
+    keys, scale = (k_slc, v_slc, k_swa, v_swa), spec.head_dim.qk**-0.5
+    fused = (o_cmp.clone(), tuple(gates), lse.clone(), scale, paths.workspace_bytes(), 0, (None, 1, len(q)))
+
     return {
         "whole forward": lambda: ops.nsa_attention(
             q, given["k"], given["v"], *gates, spec=spec, phi_k=given["phi_k"], phi_v=given["phi_v"]
@@ -147,6 +151,7 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "compress K and V": compress,
         "compressed attention": lambda: ops.compressed_attention(q, k_cmp, v_cmp, spec=spec),
         "importance + top-k": lambda: ops.select_blocks(q, k_cmp, lse, spec=spec),
+        "selected, sliding, gates": lambda: forward.finish(spec.key, q, *keys, blocks, *fused),
         "selected attention": lambda: ops.selected_attention(q, k_slc, v_slc, blocks, spec=spec),
         "sliding attention": lambda: ops.sliding_attention(q, k_swa, v_swa, spec=spec),
         "combine": lambda: ops.combine(o_cmp, o_slc, o_swa, *gates),
@@ -198,6 +203,8 @@ def full_attention(spec: Spec, given: dict[str, Any], backend: str) -> tuple[Cal
     raise InputError(f"torch's {backend} does not take this geometry: {str(fault).partition(chr(10))[0]}")
 
 
+#: Parts that "selected, sliding, gates" does in one; the operators of each alone.
+_APART = ("selected attention", "sliding attention", "combine")
 _FULL = {"full, flash": "FLASH_ATTENTION", "full, cuDNN": "CUDNN_ATTENTION"}
 
 
@@ -327,7 +334,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], minor=False)
     left.legend(fontsize=8)
     floor = [0.0] * len(lengths)
-    for name in (name for name in names if name not in ("whole forward", *_FULL)):
+    for name in (name for name in names if name not in ("whole forward", *_FULL, *_APART)):
         heights = [times.get((n, name), 0.0) for n in lengths]
         right.bar([str(n) for n in lengths], heights, bottom=floor, label=name)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]

@@ -66,7 +66,12 @@ def debug() -> bool:
 
 def workspace_bytes() -> int:
     """Upper bound in bytes on the scratch memory one op allocates beyond its inputs and outputs."""
-    text = os.environ.get("NSA_GEN_WORKSPACE", "2G").strip().upper().removesuffix("B")
+    return _size(os.environ.get("NSA_GEN_WORKSPACE", "2G"))
+
+
+@lru_cache(maxsize=16)
+def _size(given: str) -> int:
+    text = given.strip().upper().removesuffix("B")
     number, suffix = (text[:-1], text[-1]) if text[-1:] in _SUFFIX and text[-1:] else (text, "")
     try:
         value = int(float(number) * _SUFFIX[suffix])

@@ -247,7 +247,7 @@ def test_bench_shows_and_draws_a_result(tmp_path):
         {
             "seqlen": n,
             "entries": [
-                {"name": name, **entry} for name in ("whole forward", "selected attention", "full, flash")
+                {"name": name, **entry} for name in ("whole forward", "selected, sliding, gates", "full, flash")
             ] + [{"name": "full, cuDNN", "error": "not for this geometry"}],
             "speedups": {"full, flash": {"estimate": 2.0, "low": 1.9, "high": 2.1}},
         }
@@ -317,8 +317,8 @@ from nsa_gen import bench, spec
 for changes in ({}, {"kv": "per_branch", "compression": {"block": 16, "stride": 8, "pooling": "mlp"}}):
     chosen = spec.Spec.from_dict(spec.load("tiny").to_dict() | changes)
     made = bench.parts(chosen, bench.tensors(chosen, 20, "cpu"))
-    assert list(made)[0] == "whole forward" and len(made) == 7
-    made["whole forward"](), made["combine"]()
+    assert list(made)[0] == "whole forward" and len(made) == 8
+    made["whole forward"](), made["selected, sliding, gates"](), made["combine"]()
 """
     done = subprocess_python("-c", code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]

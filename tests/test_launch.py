@@ -84,6 +84,8 @@ def test_a_descriptor_is_what_triton_makes():
         found, want = Launcher.rows(x, 16), TensorDescriptor(x, [6, 3 * stride + 32], [x.stride(0), 1], [16, 32])
         assert found.base is x and vars(found).keys() <= vars(want).keys()
         assert all(getattr(found, name) == value for name, value in vars(want).items() if name != "base")
+    empty = Launcher.rows(torch.zeros(0, 4, 32), 16)  # the driver describes no empty tensor
+    assert empty.shape == [1, 128] and empty.strides == [128, 1] and empty.base.numel() == 128
 
 
 @pytest.mark.compile

@@ -293,8 +293,8 @@ def test_backward_says_that_there_is_none():
     out, _ = nsa_gen.sliding_attention(x["q"], x["k"], x["v"], spec=SPEC)
     with pytest.raises(NSAError, match="sliding_attention has no backward"):
         out.sum().backward()
-    with torch.no_grad():
-        assert torch.equal(nsa_gen.nsa_attention(**x, spec=SPEC), o)
+    with torch.no_grad():  # other kernels: the end of the forward is one, and writes no branch
+        torch.testing.assert_close(nsa_gen.nsa_attention(**x, spec=SPEC), o.detach(), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

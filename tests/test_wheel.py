@@ -92,8 +92,8 @@ assert paths.templates() == home / "_data" / "templates" and paths.specs().is_di
 tiny = spec.load("tiny")
 for problem in config.problems(tiny):
     render.render(problem, space.safe(problem))
-found = nsa_gen.resolve("sliding_attention_fwd", "gqa16-d128", seqlen=65536, device="nvidia-h200")
-assert found.config.BLOCK_M >= 16 and found.reason
+found = nsa_gen.resolve("compressed_attention_fwd", "gqa16-d128", seqlen=65536, device="nvidia-h200")
+assert found.source == "device table" and found.config.BLOCK_M >= 16
 q, k = torch.randn(40, 4, 16), torch.randn(40, 2, 16)
 o, lse = nsa_gen.sliding_attention(q, k, k, spec="tiny")
 score = torch.einsum("thd,shd->hts", q, k.repeat_interleave(2, 1)) / 4

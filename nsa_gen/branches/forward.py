@@ -49,23 +49,45 @@ def inference(
     block_indices = torch.empty((rows, heads, g.count), dtype=torch.int32, device=q.device)
     if importance is None:
         scores.zero_()  # a query may have all its candidates, whatever they score
-    whole = (q, o, g_cmp, g_slc, g_swa)
+    whole, sequences = (q, o, g_cmp, g_slc, g_swa), (cu_seqlens, batch, max_seqlen)
     gates: tuple[Tensor, ...]
     for start in range(0, total, chunk):
-        q, o_cmp, *gates = (x[start : start + chunk] for x in whole) if rows < total else whole
-        if len(q) < rows:
-            lse, block_indices = lse[: len(q)], block_indices[: len(q)]
+        size = min(rows, total - start)
+        q, o_cmp, *gates = whole if size == total else (x[start : start + size] for x in whole)
+        if size < rows:
+            lse, block_indices = lse[:size], block_indices[:size]
         q = ready(q)
-        sequences = (cu_seqlens, batch, max_seqlen)
         compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, start, *sequences)
-        for i in range(0, len(q), scored):
-            part = scores[: len(q) - i]
+        for i in range(0, size, scored):
+            made = min(scored, size - i)
+            part, chosen, some, some_lse = scores, block_indices, q, lse
+            if made < scored:
+                part = part[:made]
+            if made < size:
+                chosen, some, some_lse = (x[i : i + made] for x in (block_indices, q, lse))
             if importance is not None:
-                importance(q[i : i + scored], k_cmp, lse[i : i + scored], part, scale, start + i, *sequences)
-            topk(part, block_indices[i : i + scored], start + i, *sequences)
-        rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, tuple(gates), lse, scale, start, sequences)
-        selected.selected_attention_fwd(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, left, start, *sequences, rest)
+                importance(some, k_cmp, some_lse, part, scale, start + i, *sequences)
+            topk(part, chosen, start + i, *sequences)
+        finish(key, q, k_slc, v_slc, k_swa, v_swa, block_indices, o_cmp, tuple(gates), lse, scale, left, start, sequences)
     return o
+
+
+def finish(
+    key: str, q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa: Tensor, block_indices: Tensor, o_cmp: Tensor,
+    gates: tuple[Tensor, ...], lse: Tensor, scale: float, workspace_bytes: int, start: int, sequences: tuple[Tensor | None, int, int],
+) -> None:  # fmt: skip
+    """Selected and sliding attention of the queries ``[start, start + R)``, and the gated sum, written over ``o_cmp [R,Hq,Dv]``.
+
+    Args:
+        block_indices: ``[R,Hkv,n]`` as ``select_topk`` makes them.
+        lse: scratch, ``[R,Hq]`` fp32.
+        sequences: ``cu_seqlens``, batch, longest sequence.
+    """
+    _, batch, max_seqlen = sequences
+    at = (key, q, sequences[0], Shape(max_seqlen, batch * k_slc.shape[1]))
+    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, lse, scale, start, q.shape[0], sequences)
+    run = kernel("selected_attention_fwd", *at)
+    run(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, workspace_bytes, start, *sequences, rest)
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,7 @@ class _Rest:
     lse: Tensor
     scale: float
     start: int
+    size: int
     sequences: tuple[Tensor | None, int, int]
 
     def branches(self) -> tuple[Tensor, ...]:
@@ -94,7 +117,9 @@ class _Rest:
 
     def merge(self, begin: int, end: int, part: Tensor, part_lse: Tensor) -> None:
         """Write the gated sum of the queries [begin, end) over ``o_cmp``, given the partial results of their selected branch."""
-        q, o_cmp, *gates = (x[begin:end] for x in (self.q, self.o_cmp, *self.gates))
+        q, o_cmp, *gates = (self.q, self.o_cmp, *self.gates)
+        if end - begin < self.size:
+            q, o_cmp, *gates = (x[begin:end] for x in (q, o_cmp, *gates))
         finish = kernel("sliding_merge_fwd", *self.at)
         keys = (self.k_slc, self.v_slc, self.k_swa, self.v_swa)
         finish(q, *keys, part, part_lse, o_cmp, *gates, o_cmp, self.scale, self.start + begin, *self.sequences)

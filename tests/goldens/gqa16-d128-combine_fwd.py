@@ -85,5 +85,5 @@ def combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, o):
     gates = (g_cmp, g_slc, g_swa)
     fp32_gates = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
     strides = (stride for x in (o_cmp, o_slc, o_swa, *gates) for stride in x.stride()[:2])
-    grid = (triton.cdiv(rows, BLOCK_ROWS),)
+    grid = (-(-rows // BLOCK_ROWS),)
     _combine(grid, o_cmp, o_slc, o_swa, *gates, o, rows, heads, *strides, FP32_GATES=fp32_gates)

@@ -220,7 +220,8 @@ def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch,
     if not q.shape[0]:
         return
     queries, heads = q.shape[0], k_cmp.shape[1]
-    key_tiles = triton.cdiv(triton.cdiv(max_seqlen, _SELECTION_BLOCK), _KEY_TILE_BLOCKS)
+    blocks = -(-max_seqlen // _SELECTION_BLOCK)
+    key_tiles = -(-blocks // _KEY_TILE_BLOCKS)
     walks = queries // (_TILES * _BLOCK_T) + batch
     if q.stride(0) < (q.shape[1] - 1) * q.stride(1) + q.shape[2] or q.stride(0) % 8:
         q = q.new_empty(q.shape).copy_(q)  # a descriptor's row holds a token's heads (one token may have any stride)
@@ -229,5 +230,5 @@ def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch,
         (walks * key_tiles, heads),
         rows, k_cmp, lse, scores, cu_seqlens,
         scale, token_start, token_start + queries, heads, scores.shape[2], key_tiles, batch, max_seqlen,
-        q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1),
+        *q.stride()[:2], *k_cmp.stride()[:2],
     )  # fmt: skip

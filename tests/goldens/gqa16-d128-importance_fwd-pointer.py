@@ -224,7 +224,8 @@ def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch,
     if not q.shape[0]:
         return
     queries, heads = q.shape[0], k_cmp.shape[1]
-    key_tiles = triton.cdiv(triton.cdiv(max_seqlen, _SELECTION_BLOCK), _KEY_TILE_BLOCKS)
+    blocks = -(-max_seqlen // _SELECTION_BLOCK)
+    key_tiles = -(-blocks // _KEY_TILE_BLOCKS)
     walks = queries // (_TILES * _BLOCK_T) + batch
     if q.stride(0) * _BLOCK_T >= 2**31:
         q = q.new_empty(q.shape).copy_(q)  # offsets inside a tile are 32-bit
@@ -233,5 +234,5 @@ def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch,
         (walks * key_tiles, heads),
         rows, k_cmp, lse, scores, cu_seqlens,
         scale, token_start, token_start + queries, heads, scores.shape[2], key_tiles, batch, max_seqlen,
-        q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1),
+        *q.stride()[:2], *k_cmp.stride()[:2],
     )  # fmt: skip

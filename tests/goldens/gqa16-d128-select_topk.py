@@ -314,7 +314,7 @@ def select_topk(scores, block_indices, token_start, cu_seqlens, batch, max_seqle
     """
     rows, heads, blocks = scores.shape
     # Rows past _WIDEST columns do not fit in registers: they are read again at every step, a part at a time.
-    width = min(triton.next_power_of_2(triton.cdiv(max_seqlen, _BLOCK)), _WIDEST)
+    width = min(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _WIDEST)  # a power of two
     resident = width * _BLOCK >= max_seqlen
     warps = max(_WARPS, width // 1024) if resident else max(_WARPS, 4)
     width = max(width, 128 * warps, _GROUPS)

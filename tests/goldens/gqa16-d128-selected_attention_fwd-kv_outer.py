@@ -45,31 +45,6 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
     return token // seqlen
 
 
-@triton.jit
-def gate(pointer, query, head, stride_token, stride_head, mask):
-    """One branch's gate of some rows, in fp32."""
-    return tl.load(pointer + query.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def write(o_ptr, o_cmp_ptr, o_swa_ptr, offset, value, g_cmp, g_slc, g_swa, mask, GATED: tl.constexpr):
-    """Store the branch's output, or (GATED) its gated sum with the other two branches (paper eq. 5) in its place."""
-    if GATED:
-        o_cmp = tl.load(o_cmp_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        o_swa = tl.load(o_swa_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        value = g_cmp * o_cmp + g_slc * value + g_swa * o_swa
-    tl.store(o_ptr + offset, value.to(o_ptr.dtype.element_ty), mask=mask)
-
-
-def gated_arguments(gated):
-    """Kernel arguments for the other branches and the gates, and the constant that tells binaries apart by the gates' dtypes."""
-    if gated is None:
-        return (None,) * 5, (0,) * 6, 0
-    gates = gated[2:]
-    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
-    return gated, [stride for gate in gates for stride in gate.stride()], 8 + fp32
-
-
 # The blocks near a query (initial and local) are read by almost every query. They would make a few lists as long as the sequence,
 # so they never enter the lists: the merge kernel attends to them directly. `dense` says which blocks those are.
 @triton.jit
@@ -210,8 +185,8 @@ def gather_kernel(
     records_ptr,  # [Hkv, max_records, 2] int32
     totals_ptr,  # [Hkv] int32
     list_ptr,  # [Hkv, chunk * COUNT] int32
-    part_ptr,  # [Hkv, COUNT + 1, chunk, G, D_V]: normalised partial outputs
-    part_lse_ptr,  # [Hkv, COUNT + 1, chunk, G] fp32: log2 domain
+    part_ptr,  # [Hkv, slots, chunk, G, D_V]: normalised partial outputs
+    part_lse_ptr,  # [Hkv, slots, chunk, G] fp32: log2 domain
     cu_seqlens,
     scale: tl.float32,
     first: tl.int32,
@@ -220,6 +195,8 @@ def gather_kernel(
     bins: tl.int32,
     chunk: tl.int32,
     max_records: tl.int32,
+    slots: tl.int32,
+    slot0: tl.int32,  # the place in block_indices of the first slot
     stride_qt: tl.int64,
     stride_qh: tl.int64,
     stride_kt: tl.int64,
@@ -262,8 +239,8 @@ def gather_kernel(
 
     # 64-bit bases, 32-bit offsets: the host keeps a chunk's q and a head's partial outputs below 2^31 elements.
     q_head = q_ptr + head * G * stride_qh
-    part_head = part_ptr + head.to(tl.int64) * (COUNT + 1) * chunk * G * D_V
-    part_lse_head = part_lse_ptr + head.to(tl.int64) * (COUNT + 1) * chunk * G
+    part_head = part_ptr + head.to(tl.int64) * slots * chunk * G * D_V
+    part_lse_head = part_lse_ptr + head.to(tl.int64) * slots * chunk * G
     q_step = tl.multiple_of(stride_qt.to(tl.int32), 8)
     q_member = tl.multiple_of(stride_qh.to(tl.int32), 8)
     row = tl.arange(0, BLOCK_M)
@@ -281,7 +258,7 @@ def gather_kernel(
         top = tl.max(scores, 1) * qk_scale  # finite: every listed query sees the block's first key
         prob = tl.exp2(scores * qk_scale - top[:, None])
         total = tl.sum(prob, 1)
-        place = (entry % COUNT * chunk + token) * G + member
+        place = ((entry % COUNT - slot0) * chunk + token) * G + member
         inverse = (1.0 / total)[:, None]  # a division an element would cost more than the dots
         out = tl.dot(prob.to(v.dtype), v, input_precision="ieee") * inverse
         tl.store(part_head + place[:, None] * D_V + dv, out.to(part_ptr.dtype.element_ty), mask=valid[:, None], cache_modifier=".cs")
@@ -410,20 +387,9 @@ def merge_kernel(
     part_lse_ptr,  # [Hkv, COUNT + 1, chunk, G] fp32
     o_ptr,  # [rows // G, Hq, D_V], contiguous
     lse_ptr,  # [rows // G, Hq] fp32, contiguous
-    o_cmp_ptr,  # [rows // G, Hq, D_V], contiguous; None unless GATED, as what follows
-    o_swa_ptr,  # [rows // G, Hq, D_V], contiguous
-    g_cmp_ptr,  # [rows // G, Hq], activations' dtype or fp32, any strides
-    g_slc_ptr,
-    g_swa_ptr,
     rows: tl.int32,
     heads: tl.int32,
     chunk: tl.int32,
-    g_cmp_stride_t: tl.int64,
-    g_cmp_stride_h: tl.int64,
-    g_slc_stride_t: tl.int64,
-    g_slc_stride_h: tl.int64,
-    g_swa_stride_t: tl.int64,
-    g_swa_stride_h: tl.int64,
     G: tl.constexpr,
     D_V: tl.constexpr,
     DV: tl.constexpr,
@@ -431,7 +397,6 @@ def merge_kernel(
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    GATED: tl.constexpr,
 ):
     """Add the partial outputs, each weighted from the row's own maximum: safe at any logit."""
     head = tl.program_id(1)
@@ -458,14 +423,8 @@ def merge_kernel(
     token = row // G
     member = row % G
     out = (token.to(tl.int64) * heads + head) * G + member
-    g_cmp = 0.0
-    g_slc = 1.0
-    g_swa = 0.0
-    if GATED:
-        g_cmp = gate(g_cmp_ptr, token, head * G + member, g_cmp_stride_t, g_cmp_stride_h, valid)[:, None]
-        g_slc = gate(g_slc_ptr, token, head * G + member, g_slc_stride_t, g_slc_stride_h, valid)[:, None]
-        g_swa = gate(g_swa_ptr, token, head * G + member, g_swa_stride_t, g_swa_stride_h, valid)[:, None]
-    write(o_ptr, o_cmp_ptr, o_swa_ptr, out[:, None] * D_V + dv, acc, g_cmp, g_slc, g_swa, valid[:, None], GATED)
+    o_rows = o_ptr + out[:, None] * D_V
+    tl.store(o_rows + dv, acc.to(o_ptr.dtype.element_ty), mask=valid[:, None])
     tl.store(lse_ptr + out, tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf")), mask=valid)
 
 
@@ -480,6 +439,7 @@ _DIMS = {
 }
 _BLOCKS = {"BLOCK": 64, "COUNT": 16}
 _FORCED = {"INITIAL": 1, "LOCAL": 2}
+_LISTED = 13  # blocks of a query that select_topk chooses by importance
 _TOKENS = 64  # tokens a program of the list kernels: small, they are bound by memory latency
 _ENTRIES = 128
 _DENSE_M = 64
@@ -518,7 +478,7 @@ _merge = Launcher(
 )
 
 
-def workspace(heads, element_size, tokens, batch):
+def workspace(heads, element_size, tokens, batch, rest=False):
     """Scratch of a call: bytes whatever the number of queries, bytes a query of a chunk, most queries of a chunk.
 
     Args:
@@ -526,50 +486,56 @@ def workspace(heads, element_size, tokens, batch):
         element_size: bytes of an element of o.
         tokens: packed tokens of k and v.
         batch: sequences.
+        rest: whether the call is given one.
     """
     count = _BLOCKS["COUNT"]
-    bins = _bins(tokens, batch)
-    parts = _DIMS["G"] * (count + 1) * (_DIMS["D_V"] * element_size + 4)
-    return heads * bins * 16 + 4096, heads * (parts + count * 8 + triton.cdiv(count * 8, _ENTRIES)), 8192
+    parts = _DIMS["G"] * (_LISTED if rest else count + 1) * (_DIMS["D_V"] * element_size + 4)
+    each = heads * (parts + count * 8 + -(-count * 8 // _ENTRIES))
+    return heads * _bins(tokens, batch) * 16 + 4096, each, 8192
 
 
 def _bins(tokens, batch):
     """Lists of a head: one for each block of each sequence, and a few so that slices stay 16-byte aligned."""
-    return triton.cdiv(tokens // _BLOCKS["BLOCK"] + batch, 4) * 4
+    return (tokens // _BLOCKS["BLOCK"] + batch + 3) // 4 * 4
 
 
 def selected_attention_fwd(
-    q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, gated=None
+    q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, rest=None
 ):
     """Attention of the queries [token_start, token_start + R) over their chosen blocks, through lists of queries per block.
 
     q [R,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [R,Hkv,n] contiguous → o [R,Hq,Dv], lse [R,Hq] (contiguous).
-    With ``gated`` = (o_cmp, o_swa [R,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [R,Hq]), o is instead the gated sum of the three branches.
     Queries go in chunks of at most 8192 whose scratch stays below workspace_bytes, or of 64 where even those do not fit.
+
+    With ``rest``, block_indices must be as ``select_topk`` makes them. Then this writes neither o nor lse: ``rest.merge(begin, end, part,
+    part_lse)`` gets each chunk's partial results (see ``sliding_merge_fwd``) and is to make of them what the caller wants.
     """
     queries, heads = q.shape[0], k.shape[1]
-    group, count = _DIMS["G"], _BLOCKS["COUNT"]
-    fixed, query_bytes, most = workspace(heads, o.element_size(), k.shape[0], batch)
-    query_elements = max(q.stride(0), (count + 1) * group * _DIMS["D_V"])  # kernels address a chunk with 32 bits
+    group, count, device = _DIMS["G"], _BLOCKS["COUNT"], q.device
+    # Rows that select_topk made begin with the initial blocks and end with the local ones. Of others, any place may list a block, and one
+    # more slot is the dense blocks'.
+    slots, slot0 = (_LISTED, _FORCED["INITIAL"]) if rest is not None else (count + 1, 0)
+    fixed, query_bytes, most = workspace(heads, o.element_size(), k.shape[0], batch, rest is not None)
+    query_elements = max(q.stride(0), slots * group * _DIMS["D_V"])  # kernels address a chunk with 32 bits
     most = max(min(most, (workspace_bytes - fixed) // query_bytes, (2**31 - 1) // query_elements) // _TOKENS, 1) * _TOKENS
-    chunk = triton.cdiv(max(queries, 1), triton.cdiv(max(queries, 1), most) * _TOKENS) * _TOKENS
+    chunks = -(-max(queries, 1) // most)
+    chunk = -(-max(queries, 1) // (chunks * _TOKENS)) * _TOKENS
     bins = _bins(k.shape[0], batch)
-    max_records = chunk * count // _ENTRIES + bins
-    device = q.device
-    part = torch.empty((heads, count + 1, chunk, group, _DIMS["D_V"]), dtype=o.dtype, device=device)
-    part_lse = torch.empty((heads, count + 1, chunk, group), dtype=torch.float32, device=device)
-    rank, entries = torch.empty((2, heads, chunk * count), dtype=torch.int32, device=device)
-    counts, offsets = torch.empty((2, heads, bins), dtype=torch.int32, device=device)
-    records = torch.empty((heads, max_records, 2), dtype=torch.int32, device=device)
-    totals = torch.empty((heads,), dtype=torch.int32, device=device)
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    others, gate_strides, code = gated_arguments(gated)
-    per_query = (q, block_indices, o, lse, *others)
+    max_records = (chunk * count // _ENTRIES + bins + 1) // 2 * 2
+    part = torch.empty((heads, slots, chunk, group, _DIMS["D_V"]), dtype=o.dtype, device=device)
+    part_lse = torch.empty((heads, slots, chunk, group), dtype=torch.float32, device=device)
+    # Whole multiples of 16 bytes: rank and place of list entries [heads, chunk * count], length and begin of lists [heads, bins], records
+    # [heads, max_records, 2], and how many [heads].
+    sizes = [heads * n for n in (chunk * count, chunk * count, bins, bins, max_records * 2, 1)]
+    scratch = torch.empty((sum(sizes),), dtype=torch.int32, device=device)
+    rank, entries, counts, offsets, records, totals = scratch.split(sizes)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    per_query = (q, block_indices, o, lse)
     for begin in range(0, queries, chunk):
         end = min(begin + chunk, queries)
         first, last = token_start + begin, token_start + end
         if end - begin < queries:
-            q, block_indices, o, lse, *others = (x if x is None else x[begin:end] for x in per_query)
+            q, block_indices, o, lse = (x[begin:end] for x in per_query)
         list_grid = ((end - begin) // _TOKENS + batch, heads)
         where = (cu_seqlens, first, last, heads, batch, max_seqlen)
         rows = (end - begin) * group
@@ -580,12 +546,14 @@ def selected_attention_fwd(
         _gather(
             (max_records, heads),
             q, k, v, counts, offsets, records, totals, entries, part, part_lse, cu_seqlens,
-            scale, first, batch, max_seqlen, bins, chunk, max_records, *strides,
+            scale, first, batch, max_seqlen, bins, chunk, max_records, slots, slot0, *strides,
         )  # fmt: skip
+        if rest is not None:
+            rest.merge(begin, end, part, part_lse)
+            continue
         _dense(
             (rows // _DENSE_M + batch, heads),
             q, k, v, block_indices, part, part_lse, cu_seqlens,
             scale, first, last, heads, batch, max_seqlen, chunk, *strides,
         )  # fmt: skip
-        merge_grid = (triton.cdiv(rows, _MERGE_M), heads)
-        _merge(merge_grid, part, part_lse, o, lse, *others, rows, heads, chunk, *gate_strides, GATED=code)
+        _merge((-(-rows // _MERGE_M), heads), part, part_lse, o, lse, rows, heads, chunk)

@@ -50,6 +50,12 @@ def gate(pointer, query, head, stride_token, stride_head, mask):
     return tl.load(pointer + query.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
 
 
+def gate_arguments(gates):
+    """Strides of the gates, and a constant above 0 that tells binaries apart by the gates' dtypes."""
+    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
+    return [stride for gate in gates for stride in gate.stride()], 8 + fp32
+
+
 @triton.jit
 def write(o_ptr, o_cmp_ptr, o_swa_ptr, offset, value, g_cmp, g_slc, g_swa, mask, GATED: tl.constexpr):
     """Store the branch's output, or (GATED) its gated sum with the other two branches (paper eq. 5) in its place."""
@@ -58,15 +64,6 @@ def write(o_ptr, o_cmp_ptr, o_swa_ptr, offset, value, g_cmp, g_slc, g_swa, mask,
         o_swa = tl.load(o_swa_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         value = g_cmp * o_cmp + g_slc * value + g_swa * o_swa
     tl.store(o_ptr + offset, value.to(o_ptr.dtype.element_ty), mask=mask)
-
-
-def gated_arguments(gated):
-    """Kernel arguments for the other branches and the gates, and the constant that tells binaries apart by the gates' dtypes."""
-    if gated is None:
-        return (None,) * 5, (0,) * 6, 0
-    gates = gated[2:]
-    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
-    return gated, [stride for gate in gates for stride in gate.stride()], 8 + fp32
 
 
 @triton.jit
@@ -196,23 +193,30 @@ _attend = Launcher(
 )
 
 
-def workspace(heads, element_size, tokens, batch):
-    """Scratch of a call: bytes whatever the number of queries, bytes a query of a chunk, most queries of a chunk. None here."""
-    return 0, 0, 0
+def workspace(heads, element_size, tokens, batch, rest=False):
+    """Scratch of a call: bytes whatever the number of queries, bytes a query of a chunk, most queries of a chunk.
+
+    Nothing without ``rest``; with it, what ``rest.branches()`` allocates: one branch's output.
+    """
+    return 0, heads * 2048 * element_size if rest else 0, 2**31 - 1
 
 
 def selected_attention_fwd(
-    q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, gated=None
+    q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, rest=None
 ):
     """Attention of the queries [token_start, token_start + R) over their chosen blocks. Needs no workspace.
 
     q [R,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [R,Hkv,n] contiguous → o [R,Hq,Dv], lse [R,Hq] (contiguous).
-    With ``gated`` = (o_cmp, o_swa [R,Hq,Dv] contiguous, g_cmp, g_slc, g_swa [R,Hq]), o is instead the gated sum of the three branches.
+    With ``rest``, o is instead the gated sum of this branch and the others: ``rest.branches()`` gives o_cmp, o_swa [R,Hq,Dv] contiguous
+    (o may be o_cmp) and g_cmp, g_slc, g_swa [R,Hq].
     """
-    others, gate_strides, code = gated_arguments(gated)
+    others, gate_strides, code = (None,) * 5, (0,) * 6, 0
+    if rest is not None:
+        others = rest.branches()
+        gate_strides, code = gate_arguments(others[2:])
     queries, heads = q.shape[0], k.shape[1]
     _attend(
         (queries, heads),
         q, k, v, block_indices, o, lse, *others, cu_seqlens, scale, token_start, queries, heads, batch, max_seqlen,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *gate_strides, GATED=code,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate_strides, GATED=code,
     )  # fmt: skip

@@ -142,6 +142,6 @@ def compress_fwd(x, weights, out, cu_seqlens, batch, max_seqlen):
         max_seqlen: tokens of the longest sequence.
     """
     rows, heads = out.shape[0], out.shape[1]
-    grid = (triton.cdiv(rows, BLOCK_J), heads)
+    grid = (-(-rows // BLOCK_J), heads)
     steps = (batch - 1).bit_length()
-    _compress(grid, x, *weights, out, cu_seqlens, rows, heads, batch, max_seqlen, steps, x.stride(0), x.stride(1))
+    _compress(grid, x, *weights, out, cu_seqlens, rows, heads, batch, max_seqlen, steps, *x.stride()[:2])
