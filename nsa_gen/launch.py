@@ -146,10 +146,18 @@ class Launcher:
         run(grid_x, grid_y, grid_z, _current_stream(device), function, metadata, None, None, None, *args, *tail)
 
     @staticmethod
+    def in_rows(x: torch.Tensor) -> torch.Tensor:
+        """``x [rows, heads, D]``, or a copy, as :meth:`rows` needs it: the heads of a row within its stride, a multiple of 16 bytes."""
+        stride_row, stride_head, _ = x.stride()
+        if stride_row % 8 or stride_row < (x.shape[1] - 1) * stride_head + x.shape[2]:
+            return x.new_empty(x.shape).copy_(x)
+        return x
+
+    @staticmethod
     def rows(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
         """2-D descriptor argument over ``x [rows, heads, D]``, loaded in tiles of ``[block_rows, D]`` at ``[row, head * x.stride(1)]``.
 
-        Rows past the last read as 0. The last dim is contiguous, the row stride a multiple of 16 bytes, ``D`` a power of two.
+        Rows past the last read as 0. ``x`` is as :meth:`in_rows` leaves it, its last dim contiguous, ``D`` a power of two.
         """
         rows, heads, dim = x.shape
         if not rows:  # the driver describes no empty tensor; nothing is read

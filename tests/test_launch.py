@@ -79,11 +79,15 @@ def test_a_descriptor_is_what_triton_makes():
 
     from nsa_gen.launch import Launcher
 
-    for x in (torch.zeros(6, 4, 32), torch.zeros(6, 9, 64, dtype=torch.float16)[:, 1:5, :32], torch.zeros(4, 6, 32).transpose(0, 1)):
+    for x in (torch.zeros(6, 4, 32), torch.zeros(6, 9, 64, dtype=torch.float16)[:, 1:5, :32]):
+        assert Launcher.in_rows(x) is x
         stride = x.stride(1)
         found, want = Launcher.rows(x, 16), TensorDescriptor(x, [6, 3 * stride + 32], [x.stride(0), 1], [16, 32])
         assert found.base is x and vars(found).keys() <= vars(want).keys()
         assert all(getattr(found, name) == value for name, value in vars(want).items() if name != "base")
+    for x in (torch.rand(4, 6, 32).transpose(0, 1), torch.rand(1, 4, 33)[..., :32]):  # heads outside the rows, a stride of 33 elements
+        copy = Launcher.in_rows(x)
+        assert torch.equal(copy, x) and copy.is_contiguous() and not copy.stride(0) % 8
     empty = Launcher.rows(torch.zeros(0, 4, 32), 16)  # the driver describes no empty tensor
     assert empty.shape == [1, 128] and empty.strides == [128, 1] and empty.base.numel() == 128
 

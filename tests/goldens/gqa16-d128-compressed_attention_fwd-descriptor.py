@@ -223,9 +223,10 @@ def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, token_start, cu_seq
     """
     queries, heads = q.shape[0], k_cmp.shape[1]
     tiles = (queries + min(token_start, _HALO)) * _GROUP // _BLOCK_M + batch
+    k_cmp, v_cmp = Launcher.in_rows(k_cmp), Launcher.in_rows(v_cmp)
     k, v = Launcher.rows(k_cmp, _BLOCK_N), Launcher.rows(v_cmp, _BLOCK_N)
     _attend(
         (tiles * heads,),
         q, k, v, o, lse, cu_seqlens, scale, tiles, heads, batch, max_seqlen, token_start, token_start + queries,
-        q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1), v_cmp.stride(0), v_cmp.stride(1),
+        *q.stride()[:2], *k_cmp.stride()[:2], *v_cmp.stride()[:2],
     )  # fmt: skip

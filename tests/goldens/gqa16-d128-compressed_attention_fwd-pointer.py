@@ -234,5 +234,5 @@ def compressed_attention_fwd(q, k_cmp, v_cmp, o, lse, scale, token_start, cu_seq
     _attend(
         (tiles * heads,),
         q, k, v, o, lse, cu_seqlens, scale, tiles, heads, batch, max_seqlen, token_start, token_start + queries,
-        q.stride(0), q.stride(1), k_cmp.stride(0), k_cmp.stride(1), v_cmp.stride(0), v_cmp.stride(1),
+        *q.stride()[:2], *k_cmp.stride()[:2], *v_cmp.stride()[:2],
     )  # fmt: skip

@@ -223,8 +223,7 @@ def importance_fwd(q, k_cmp, lse, scores, scale, token_start, cu_seqlens, batch,
     blocks = -(-max_seqlen // _SELECTION_BLOCK)
     key_tiles = -(-blocks // _KEY_TILE_BLOCKS)
     walks = queries // (_TILES * _BLOCK_T) + batch
-    if q.stride(0) < (q.shape[1] - 1) * q.stride(1) + q.shape[2] or q.stride(0) % 8:
-        q = q.new_empty(q.shape).copy_(q)  # a descriptor's row holds a token's heads (one token may have any stride)
+    q = Launcher.in_rows(q)
     rows = Launcher.rows(q, _BLOCK_T)
     _importance(
         (walks * key_tiles, heads),

@@ -298,7 +298,7 @@ def sliding_attention_fwd(q, k, v, o, lse, scale, token_start, cu_seqlens, batch
         max_seqlen: tokens of the longest sequence.
     """
     queries, heads_kv = q.shape[0], k.shape[1]
+    tiles = None, None
     grid = ((queries + min(token_start, HALO)) * G // BLOCK_M + batch, heads_kv)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    tiles = None, None
     _sliding(grid, q, k, v, o, lse, *tiles, cu_seqlens, scale, token_start, token_start + queries, batch, max_seqlen, *strides)

@@ -464,10 +464,10 @@ def sliding_merge_fwd(
         max_seqlen: tokens of the longest sequence.
     """
     queries, heads_kv = q.shape[0], k_slc.shape[1]
+    tiles = (None,) * 4
     grid = ((queries + min(token_start, _HALO)) * _GROUP // _BLOCK_M + batch, heads_kv)
     strides = [stride for x in (q, k_slc, v_slc, k_swa, v_swa) for stride in x.stride()[:2]]
     gate_strides, code = gate_arguments((g_cmp, g_slc, g_swa))
-    tiles = (None,) * 4
     _finish(
         grid,
         q, k_slc, v_slc, k_swa, v_swa, part, part_lse, o_cmp, g_cmp, g_slc, g_swa, o, *tiles, cu_seqlens, scale,
