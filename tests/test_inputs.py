@@ -59,6 +59,11 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
     def sliding_attention_fwd(q, k, v, o, lse, scale, token_start, cu_seqlens, batch, max_seqlen):
         attention(o, lse, reference.sliding_attention(q, k, v, p.window, scale, cu_seqlens, dtype=torch.float32))
 
+    def sliding_merge_fwd(*arguments):  # up to o they are the reference's
+        *given, o, scale, token_start, cu_seqlens, batch, max_seqlen = arguments
+        geometry = (p.window, p.selection_block, p.initial, p.local, p.count)
+        o.copy_(reference.sliding_merge(*given, *geometry, scale, cu_seqlens, dtype=torch.float32))
+
     def combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, o):
         o.copy_(reference.combine(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, torch.float32))
 
