@@ -60,7 +60,7 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
         attention(o, lse, reference.sliding_attention(q, k, v, p.window, scale, cu_seqlens, dtype=torch.float32))
 
     def sliding_merge_fwd(*arguments):  # up to o they are the reference's
-        *given, o, scale, token_start, cu_seqlens, batch, max_seqlen = arguments
+        *given, o, scale, _, cu_seqlens, _, _ = arguments
         geometry = (p.window, p.selection_block, p.initial, p.local, p.count)
         o.copy_(reference.sliding_merge(*given, *geometry, scale, cu_seqlens, dtype=torch.float32))
 

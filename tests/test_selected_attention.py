@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nsa_gen import inputs, loader, render, space
+from nsa_gen import inputs, loader, reference, render, space
 from nsa_gen.config import Config, Problem
 from nsa_gen.errors import ConfigError
 
@@ -147,8 +148,9 @@ def test_any_set_of_blocks_is_attended_as_given(loop):
 
 @runs
 @pytest.mark.parametrize("gate_dtype", ["float32", "float16"])
-@pytest.mark.parametrize("loop", ["kv_outer", "rows", "keys"])
+@pytest.mark.parametrize("loop", ["rows", "keys"])
 def test_gated_sum_of_the_branches(loop, gate_dtype):
+    """What query-outer makes of the rest of the forward."""
     p = problem(dtype="float16", v=48, group=3)
     config, seqlens = loops(p)[loop], (40, 3)
     module = loader.load(render.render(p, config))
@@ -160,13 +162,45 @@ def test_gated_sum_of_the_branches(loop, gate_dtype):
     gates = [torch.rand(o.shape[1], o.shape[0], generator=generator).to(DEVICE, getattr(torch, gate_dtype)).T for _ in range(3)]
     gates[1][0, 0] = torch.nan
     both = inputs.case(p, seqlens=seqlens, heads_kv=2, device=DEVICE)
-    gated = SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, (o_cmp, o_swa, *gates)))
-    both.run(gated)
+    rest = SimpleNamespace(branches=lambda: (o_cmp, o_swa, *gates))
+    both.run(SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest)))
     g_cmp, g_slc, g_swa = (gate.float()[..., None] for gate in gates)
     expected = g_cmp * o_cmp.float() + g_slc * o.float() + g_swa * o_swa.float()
     torch.testing.assert_close(both.outputs["o"].float(), expected, rtol=2e-3, atol=2e-3, equal_nan=True)
     assert bool(both.outputs["o"][0, 0].isnan().all())
     assert torch.equal(both.outputs["lse"], alone.outputs["lse"])
+
+
+@runs
+@pytest.mark.parametrize(("count", "initial", "local"), [(5, 1, 2), (4, 0, 1), (3, 1, 2)])
+def test_partial_results_for_the_rest(count, initial, local):
+    """What KV-outer hands to the rest of the forward, in chunks: each query's attention over each block that is not forced."""
+    p = problem(group=3, v=48, count=count, initial=initial, local=local)
+    case = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE, workspace_bytes=1)
+    module, t, filled = loader.load(render.render(p, kv_outer(p))), case.tensors, []
+
+    def merge(begin, end, part, part_lse):
+        assert part.shape == (2, count - initial - local, part.shape[2], 3, 48) and part.shape[:4] == part_lse.shape
+        for slot in range(count - initial - local):
+            chosen = t["block_indices"][..., initial + slot : initial + slot + 1]
+            blocks = (inputs.positions(case.seqlens, DEVICE) // p.selection_block + 1).clamp(max=count)
+            queries = torch.arange(begin, end, device=DEVICE)
+            queries = queries[blocks[begin:end] - local > initial + slot]
+            o, lse = reference.selected_attention(
+                *(t[name].double() for name in "qkv"), chosen, p.selection_block, t["scale"], case.cu_seqlens, queries
+            )
+            got = part[:, slot, queries - begin].permute(1, 0, 2, 3).flatten(1, 2), part_lse[:, slot, queries - begin].permute(1, 0, 2)
+            torch.testing.assert_close(got[0].double(), o, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got[1].flatten(1).double() * math.log(2), lse, rtol=1e-5, atol=1e-5)
+            filled.append(len(queries))
+        chunks.append((begin, end))
+
+    chunks: list[tuple[int, int]] = []
+    rest = SimpleNamespace(merge=merge)
+    case.run(SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest)))
+    assert chunks == [(0, 64), (64, 101)]
+    assert (sum(filled) > 0) == (count > initial + local)
+    assert bool(case.outputs["o"].isnan().all())  # left to the rest
 
 
 def test_the_space_refuses_what_miscompiles_or_cannot_fit():
