@@ -161,7 +161,9 @@ def _resolve() -> None:
     for problem in problems(spec):
         found = lookup.resolve(problem, Shape(SEQLEN, spec.heads.kv), device, digest_of=lambda p, c: render(p, c).digest)
         knobs = " ".join(f"{name}={value}" for name, value in found.config.values)
-        measured = f"{found.row.perf['median_ms']:.3g} ms" if found.row else None
+        measured = f"{found.row.perf['median_ms']:.3g} ms on {found.row.environment['device']}" if found.row else None
+        if found.stale:
+            measured = f"{measured}, an older rendering"
         why = found.row.where if found.row else found.source
         rows.append((problem.kernel, why, measured, knobs))
     print_table(("kernel", "row", "measured", "config"), rows)
