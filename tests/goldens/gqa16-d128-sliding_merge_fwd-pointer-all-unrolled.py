@@ -244,8 +244,8 @@ def attend_dense(
     everything = tl.full([q.shape[0]], 0x7FFFFFFF, tl.uint32)
     for tile in tl.range(0, local_inside + initial_inside, num_stages=1):
         is_local = tile < local_inside
-        local_tile = tile + 0 * local_inside
-        initial_tile = tile - (local_inside) + 0 * initial_inside
+        local_tile = tile
+        initial_tile = tile - local_inside
         key = tl.where(is_local, local_end - (local_tile + 1) * BLOCK_N, initial_end - (initial_tile + 1) * BLOCK_N)
         newest = tl.where(is_local, t, initial_newest)
         width = tl.where(is_local, local_width, everything)[:, None]
@@ -255,8 +255,8 @@ def attend_dense(
         )  # fmt: skip
     for tile in tl.range(0, local_tiles - local_inside + initial_tiles - initial_inside, num_stages=1):
         is_local = tile < local_tiles - local_inside
-        local_tile = tile + 1 * local_inside
-        initial_tile = tile - (local_tiles - local_inside) + 1 * initial_inside
+        local_tile = tile + local_inside
+        initial_tile = tile - (local_tiles - local_inside) + initial_inside
         key = tl.where(is_local, local_end - (local_tile + 1) * BLOCK_N, initial_end - (initial_tile + 1) * BLOCK_N)
         newest = tl.where(is_local, t, initial_newest)
         width = tl.where(is_local, local_width, everything)[:, None]
