@@ -29,7 +29,7 @@ from .spec import Spec
 
 #: Modules a generated package replaces or must never contain.
 REPLACED = frozenset({"kernels"})
-FORBIDDEN = frozenset({"device", "generate", "inputs", "loader", "lookup", "reference", "render", "row", "space", "table", "tune"})
+FORBIDDEN = frozenset({"device", "generate", "inputs", "knobs", "loader", "lookup", "reference", "render", "row", "space", "table", "tune"})
 #: Largest sequence length and sequences × KV heads that plans tell apart.
 MAX_SEQLEN, MAX_HEADS = 1 << 24, 1 << 16
 _MANIFEST = "manifest.json"

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nsa_gen"
 FLOORS = (
     ("errors", "paths", "versions", "timing", "launch"),
     ("geometry", "spec", "config", "device"),
-    ("render", "space", "row", "table", "lookup", "reference", "acceptance", "values", "inputs"),
+    ("render", "knobs", "space", "row", "table", "lookup", "reference", "acceptance", "values", "inputs"),
     ("loader", "precompile"),
     ("kernels",),
     ("branches",),
@@ -28,7 +28,7 @@ FLOORS = (
 RANK = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 
 #: Modules that need neither torch nor triton to be imported.
-PLAIN = ("errors", "paths", "versions", "geometry", "spec", "config", "device", "render", "space", "row", "table", "lookup")
+PLAIN = ("errors", "paths", "versions", "geometry", "spec", "config", "device", "render", "knobs", "space", "row", "table", "lookup")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
