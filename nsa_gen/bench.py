@@ -126,6 +126,7 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """The whole forward and each part of it as calls without arguments; a part's inputs are the outputs of those before it."""
     from . import ops, paths
     from .branches import forward
+    from .config import Shape
 
     q, gates = given["q"], [given[f"g_{branch}"] for branch in ("cmp", "slc", "swa")]
     k_cmp_in, k_slc, k_swa = given["k"] if isinstance(given["k"], tuple) else (given["k"],) * 3
@@ -142,7 +143,8 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         ops.compress(v_cmp_in, given["phi_v"], spec=spec, which="v")
 
     keys, scale = (k_slc, v_slc, k_swa, v_swa), spec.head_dim.qk**-0.5
-    fused = (o_cmp.clone(), tuple(gates), lse.clone(), scale, paths.workspace_bytes(), 0, (None, 1, len(q)))
+    at = (spec.key, q, None, Shape(len(q), spec.heads.kv))
+    fused = (o_cmp.clone(), gates, lse.clone(), scale, paths.workspace_bytes(), 0, (None, 1, len(q)))
 
     return {
         "whole forward": lambda: ops.nsa_attention(
@@ -151,7 +153,7 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "compress K and V": compress,
         "compressed attention": lambda: ops.compressed_attention(q, k_cmp, v_cmp, spec=spec),
         "importance + top-k": lambda: ops.select_blocks(q, k_cmp, lse, spec=spec),
-        "selected, sliding, gates": lambda: forward.finish(spec.key, q, *keys, blocks, *fused),
+        "selected, sliding, gates": lambda: forward.finish(at, q, *keys, blocks, *fused),
         "selected attention": lambda: ops.selected_attention(q, k_slc, v_slc, blocks, spec=spec),
         "sliding attention": lambda: ops.sliding_attention(q, k_swa, v_swa, spec=spec),
         "combine": lambda: ops.combine(o_cmp, o_slc, o_swa, *gates),

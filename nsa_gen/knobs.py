@@ -113,8 +113,8 @@ SPACES["sliding_attention_fwd"] = Space(
     knobs=_SLIDING_KNOBS,
     defaults={
         "": lambda p: _sliding_default(p, keys=32, stages=2),
-        "sm_90": lambda p: _sliding_default(p, keys=64, stages=3),
-        "sm_100": lambda p: _sliding_default(p, keys=64, stages=3),
+        "sm_90": lambda p: _sliding_default(p, keys=64, stages=3, wgmma=True),
+        "sm_100": lambda p: _sliding_default(p, keys=64, stages=3, wgmma=True),
         "gfx942": lambda p: _sliding_default(p, keys=64, stages=2),
     },
     safe=lambda p: _sliding_safe(),
@@ -128,9 +128,9 @@ SPACES["sliding_merge_fwd"] = Space(
         *_SLIDING_KNOBS,
     ),
     defaults={
-        "": lambda p: _merge_default(p, stages=2),
-        "sm_90": lambda p: _merge_default(p, stages=3),
-        "sm_100": lambda p: _merge_default(p, stages=3),
+        "": lambda p: _merge_default(p, wgmma=False),
+        "sm_90": lambda p: _merge_default(p, wgmma=True),
+        "sm_100": lambda p: _merge_default(p, wgmma=True),
     },
     safe=lambda p: {"merge": "pipelined", "dense_stages": 1, **_sliding_safe()},
     illegal=lambda p, c: _sliding_illegal(p, c),
@@ -141,12 +141,12 @@ def _sliding_safe() -> dict[str, Value]:
     return {"loads": "pointer", "mask": "edges", "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "maxnreg": None}
 
 
-def _sliding_default(p: Problem, keys: int, stages: int) -> dict[str, Value]:
+def _sliding_default(p: Problem, keys: int, stages: int, wgmma: bool = False) -> dict[str, Value]:
     if p.dtype == "float32":
         return _sliding_safe()
     dims = p.head_dim_qk, p.head_dim_v
     tiles = {"mask": "edges", "maxnreg": None, "num_stages": stages}
-    if keys == 64 and stages == 3 and p.window >= 64 and max(dims) <= 128 and not any(dim & (dim - 1) for dim in dims):
+    if wgmma and p.window >= 64 and max(dims) <= 128 and not any(dim & (dim - 1) for dim in dims):
         return {"loads": "descriptor", "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, **tiles}  # registers for three programs
     rows = 64 if max(dims) > 192 and stages < 3 else 128  # little shared memory there
     if max(dims) > 128 or p.window < 64:
@@ -154,19 +154,26 @@ def _sliding_default(p: Problem, keys: int, stages: int) -> dict[str, Value]:
     return {"loads": "pointer", "BLOCK_M": rows, "BLOCK_N": keys, "num_warps": rows // 16, **tiles}
 
 
-def _merge_default(p: Problem, stages: int) -> dict[str, Value]:
+def _merge_default(p: Problem, wgmma: bool) -> dict[str, Value]:
     if p.dtype == "float32":
         return {"merge": "pipelined", "dense_stages": 1, **_sliding_safe()}
     wide = max(p.head_dim_qk, p.head_dim_v) > 128
-    rows = 64 if stages == 3 else 32  # without wgmma q is in registers too
-    keys = 64 if stages == 3 and not wide else 32
-    tiles = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": stages - wide, "maxnreg": None}
+    rows = 64 if wgmma else 32  # without wgmma q is in registers too
+    keys = 64 if wgmma and not wide else 32
+    tiles = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": (3 if wgmma else 2) - wide, "maxnreg": None}
     return {"merge": "pipelined", "dense_stages": 2, "loads": "pointer", "mask": "edges", **tiles}
 
 
+def _descriptor_fault(p: Problem, c: Config) -> str | None:
+    dims = p.head_dim_qk, p.head_dim_v
+    if c.loads == "descriptor" and any(dim & (dim - 1) for dim in dims):
+        return f"a descriptor's tile has power-of-two sides, head dims are {dims[0]} and {dims[1]}"
+    return None
+
+
 def _sliding_illegal(p: Problem, c: Config) -> str | None:
-    if c.loads == "descriptor" and any(dim & (dim - 1) for dim in (p.head_dim_qk, p.head_dim_v)):
-        return f"a descriptor's tile has power-of-two sides, head dims are {p.head_dim_qk} and {p.head_dim_v}"
+    if reason := _descriptor_fault(p, c):
+        return reason
     if c.loads == "descriptor" and c.num_stages == 1:
         return "descriptor loads without a pipeline"
     if c.num_warps == 8 and c.BLOCK_M < 128:
@@ -220,9 +227,8 @@ def _compressed_default(p: Problem, wgmma: bool) -> dict[str, Value]:
 
 
 def _compressed_illegal(p: Problem, c: Config) -> str | None:
-    dims = p.head_dim_qk, p.head_dim_v
-    if c.loads == "descriptor" and any(dim & (dim - 1) for dim in dims):
-        return f"a descriptor's tile has power-of-two sides, head dims are {dims[0]} and {dims[1]}"
+    if reason := _descriptor_fault(p, c):
+        return reason
     if c.maxnreg is not None and (c.num_warps == 8 or c.BLOCK_M > 64):
         return f"{c.maxnreg} registers let no further program of {c.num_warps} warps on a multiprocessor"
     if c.num_warps == 8 and c.BLOCK_M <= 64:

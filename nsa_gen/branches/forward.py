@@ -12,6 +12,8 @@ from ..config import Shape
 from . import combine, compression, selection, sliding
 from ._inputs import check_values, geometry, is_ready, kernel, module, ready
 
+_At = tuple[str, Tensor, Tensor | None, Shape]
+
 
 def inference(
     q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
@@ -50,7 +52,6 @@ def inference(
     if importance is None:
         scores.zero_()  # a query may have all its candidates, whatever they score
     whole, sequences = (q, o, g_cmp, g_slc, g_swa), (cu_seqlens, batch, max_seqlen)
-    gates: tuple[Tensor, ...]
     for start in range(0, total, chunk):
         size = min(rows, total - start)
         q, o_cmp, *gates = whole if size == total else (x[start : start + size] for x in whole)
@@ -59,33 +60,30 @@ def inference(
         q = ready(q)
         compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, start, *sequences)
         for i in range(0, size, scored):
-            made = min(scored, size - i)
-            part, chosen, some, some_lse = scores, block_indices, q, lse
-            if made < scored:
-                part = part[:made]
-            if made < size:
-                chosen, some, some_lse = (x[i : i + made] for x in (block_indices, q, lse))
+            part, some, some_lse, chosen = scores, q, lse, block_indices
+            if scored != size:
+                some, some_lse, chosen = (x[i : i + scored] for x in (q, lse, block_indices))
+                part = scores[: size - i]
             if importance is not None:
                 importance(some, k_cmp, some_lse, part, scale, start + i, *sequences)
             topk(part, chosen, start + i, *sequences)
-        finish(key, q, k_slc, v_slc, k_swa, v_swa, block_indices, o_cmp, tuple(gates), lse, scale, left, start, sequences)
+        finish(at, q, k_slc, v_slc, k_swa, v_swa, block_indices, o_cmp, gates, lse, scale, left, start, sequences)
     return o
 
 
 def finish(
-    key: str, q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa: Tensor, block_indices: Tensor, o_cmp: Tensor,
-    gates: tuple[Tensor, ...], lse: Tensor, scale: float, workspace_bytes: int, start: int, sequences: tuple[Tensor | None, int, int],
+    at: _At, q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa: Tensor, block_indices: Tensor, o_cmp: Tensor,
+    gates: list[Tensor], lse: Tensor, scale: float, workspace_bytes: int, start: int, sequences: tuple[Tensor | None, int, int],
 ) -> None:  # fmt: skip
     """Selected and sliding attention of the queries ``[start, start + R)``, and the gated sum, written over ``o_cmp [R,Hq,Dv]``.
 
     Args:
+        at: what chooses kernels: the geometry's key, a tensor like ``q``, ``cu_seqlens``, the call's sizes.
         block_indices: ``[R,Hkv,n]`` as ``select_topk`` makes them.
         lse: scratch, ``[R,Hq]`` fp32.
         sequences: ``cu_seqlens``, batch, longest sequence.
     """
-    _, batch, max_seqlen = sequences
-    at = (key, q, sequences[0], Shape(max_seqlen, batch * k_slc.shape[1]))
-    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, lse, scale, start, q.shape[0], sequences)
+    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, lse, scale, start, sequences)
     run = kernel("selected_attention_fwd", *at)
     run(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, workspace_bytes, start, *sequences, rest)
 
@@ -94,18 +92,17 @@ def finish(
 class _Rest:
     """What the gated sum of some queries needs besides their selected branch, which asks for it in the form its loop order can use."""
 
-    at: tuple[str, Tensor, Tensor | None, Shape]
+    at: _At
     q: Tensor
     k_slc: Tensor
     v_slc: Tensor
     k_swa: Tensor
     v_swa: Tensor
     o_cmp: Tensor
-    gates: tuple[Tensor, ...]
+    gates: list[Tensor]
     lse: Tensor
     scale: float
     start: int
-    size: int
     sequences: tuple[Tensor | None, int, int]
 
     def branches(self) -> tuple[Tensor, ...]:
@@ -118,11 +115,11 @@ class _Rest:
     def merge(self, begin: int, end: int, part: Tensor, part_lse: Tensor) -> None:
         """Write the gated sum of the queries [begin, end) over ``o_cmp``, given the partial results of their selected branch."""
         q, o_cmp, *gates = (self.q, self.o_cmp, *self.gates)
-        if end - begin < self.size:
+        if end - begin < q.shape[0]:
             q, o_cmp, *gates = (x[begin:end] for x in (q, o_cmp, *gates))
-        finish = kernel("sliding_merge_fwd", *self.at)
+        run = kernel("sliding_merge_fwd", *self.at)
         keys = (self.k_slc, self.v_slc, self.k_swa, self.v_swa)
-        finish(q, *keys, part, part_lse, o_cmp, *gates, o_cmp, self.scale, self.start + begin, *self.sequences)
+        run(q, *keys, part, part_lse, o_cmp, *gates, o_cmp, self.scale, self.start + begin, *self.sequences)
 
 
 def chunk_sizes(total: int, query_bytes: int, score_bytes: int, bound: int, scratch: tuple[int, int, int]) -> tuple[int, int]:
