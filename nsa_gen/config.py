@@ -23,7 +23,7 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "sliding_attention_fwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "window", "varlen"),
     "sliding_merge_fwd": (
-        "dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "initial", "local", "window", "varlen",
+        "dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "initial", "local", "parts", "window", "varlen",
     ),
     "combine_fwd": ("dtype", "head_dim_v"),
 }  # fmt: skip
@@ -111,16 +111,17 @@ def key_fields(kernel: str) -> tuple[str, ...]:
         raise ConfigError(f"unknown kernel: {allowed(kernel, KERNELS)}") from None
 
 
-def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str = "k") -> Problem:
+def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int | None = None) -> Problem:
     """The Problem of ``kernel`` for ``spec``.
 
     Args:
         kernel: one of ``KERNELS``.
         spec: geometry and dtype.
         varlen: sequences of differing lengths given by ``cu_seqlens``.
-        which: for ``compress_fwd``: ``"k"`` or ``"v"``, the tensor that is pooled (its head dim is in the key).
+        which: one of :func:`variants`; default the first.
     """
-    head_dim = spec.head_dim.qk if which == "k" else spec.head_dim.v
+    which = variants(kernel, spec)[0] if which is None else which
+    head_dim = spec.head_dim.v if which == "v" else spec.head_dim.qk
     pooling = spec.compression.pooling
     known: dict[str, Value] = {
         "dtype": spec.dtype,
@@ -136,6 +137,7 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str = "k") 
         "count": spec.selection.count,
         "initial": spec.selection.initial,
         "local": spec.selection.local,
+        "parts": which,
         "mapping": spec.selection.mapping,
         "window": spec.window,
         "varlen": varlen,
@@ -145,8 +147,20 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str = "k") 
 
 def problems(spec: Spec, *, varlen: bool = False) -> list[Problem]:
     """All distinct Problems of a spec (K and V of unequal head dims pool as two)."""
-    found = [problem(kernel, spec, varlen=varlen, which=which) for kernel in KERNELS for which in "kv"]
+    found = [problem(kernel, spec, varlen=varlen, which=which) for kernel in KERNELS for which in variants(kernel, spec)]
     return list(dict.fromkeys(found))
+
+
+def variants(kernel: str, spec: Spec) -> tuple[str | int | None, ...]:
+    """What a spec needs a kernel for: ``compress_fwd`` for ``"k"`` and ``"v"``, the tensor that is pooled (its head dim is in the key);
+    ``sliding_merge_fwd`` for the partial results that selected attention may give a query: one, or one for each listed block.
+    """
+    if kernel == "compress_fwd":
+        return "k", "v"
+    if kernel == "sliding_merge_fwd":
+        listed = spec.selection.count - spec.selection.initial - spec.selection.local
+        return (listed, 1) if listed > 1 else (listed,)
+    return (None,)
 
 
 def overlap_weights(block: int, stride: int, selection_block: int, mapping: str) -> tuple[tuple[int, ...], ...]:

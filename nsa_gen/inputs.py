@@ -387,20 +387,19 @@ _MERGED = ("q", "k_slc", "v_slc", "k_swa", "v_swa", "part", "part_lse", "o_cmp",
 
 def _sliding_merge(made: Case, values: Values, workspace_bytes: int) -> None:
     p, heads, total = made.problem, made.heads_kv, made.total
-    slots = p.count - p.initial - p.local
     q, k = values.q_k(total, heads, p.group, total, p.head_dim_qk)
     v = values.normal(total, heads, p.head_dim_v)
     # K and V of their own, as where the spec has them per branch, of the same kind: the others' tokens in another order.
     k_swa, v_swa = (x.roll(1, 0) if values.real else x for x in (k, v))
     made.tensors |= {"q": q, "k_slc": k, "v_slc": v, "k_swa": k_swa, "v_swa": v_swa}
-    made.tensors["part"] = values.normal(heads * slots, total, p.group * p.head_dim_v).view(heads, slots, total, p.group, p.head_dim_v)
+    made.tensors["part"] = values.normal(heads * p.parts, total, p.group * p.head_dim_v).view(heads, p.parts, total, p.group, p.head_dim_v)
     # About what a block of keys gives: log2 of its size, more or less.
-    spread = values.empty(heads, slots, total, p.group, dtype=torch.float32)
+    spread = values.empty(heads, p.parts, total, p.group, dtype=torch.float32)
     if values.real:
-        spread.copy_(values.normal(heads * slots, total, p.group).view_as(spread)).add_(math.log2(p.selection_block))
+        spread.copy_(values.normal(heads * p.parts, total, p.group).view_as(spread)).add_(math.log2(p.selection_block))
         current = positions(made.seqlens, made.device) // p.selection_block
         filled = (current + 1).clamp(max=p.count) - p.initial - p.local
-        nothing = (torch.arange(slots, device=made.device)[:, None] >= filled)[None, :, :, None]
+        nothing = (torch.arange(p.parts, device=made.device)[:, None] >= filled)[None, :, :, None]
         spread.masked_fill_(nothing, torch.nan)  # what a query has no block for is unwritten memory
         made.tensors["part"].masked_fill_(nothing[..., None], torch.nan)
     made.tensors["part_lse"] = spread

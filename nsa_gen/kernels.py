@@ -174,7 +174,7 @@ def resolve(
     batch_heads: int | None = None,
     varlen: bool = False,
     device: Device | str | None = None,
-    which: str = "k",
+    which: str | int | None = None,
 ) -> Resolution:
     """Which config serves a kernel of a spec, and why. Compiles nothing.
 
@@ -185,7 +185,7 @@ def resolve(
         batch_heads: sequences times KV heads; default: one sequence.
         varlen: whether ``cu_seqlens`` is given.
         device: a ``Device``, a slug, alias or arch; default :func:`default_device`.
-        which: for ``compress_fwd``: ``"k"`` or ``"v"``.
+        which: one of ``config.variants``, default the first.
 
     Raises:
         SpecError, TargetError, ConfigError: no such spec, device, kernel.

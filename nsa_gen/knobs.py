@@ -45,8 +45,9 @@ SPACES["selected_attention_fwd"] = Space(
         Knob("loop", ("query_outer", "kv_outer")),
         # query_outer: operands "keys" puts keys on the tensor core's rows (wgmma), "rows" the group's heads (mma of 16 rows).
         Knob("operands", ("rows", "keys"), {"loop": ("query_outer",)}),
+        Knob("loads", ("pointer", "descriptor"), {"loop": ("query_outer",)}),
         Knob("num_warps", (1, 2, 4), {"loop": ("query_outer",)}),
-        Knob("num_stages", (1, 2, 3), {"loop": ("query_outer",)}),
+        Knob("num_stages", (1, 2, 3, 4), {"loop": ("query_outer",)}),
         # kv_outer: tokens a chunk, queries a gather program, rows of its tiles, of the dense kernel's and the merge kernel's.
         Knob("CHUNK", (2048, 4096, 8192, 16384, 32768, 65536), {"loop": ("kv_outer",)}),
         Knob("ENTRIES", (32, 64, 128, 256, 512, 1024), {"loop": ("kv_outer",)}),
@@ -63,7 +64,7 @@ SPACES["selected_attention_fwd"] = Space(
         Knob("merge_registers", (None, 40, 64), {"loop": ("kv_outer",)}),
     ),
     defaults={"": lambda p: _selected_default(p)},
-    safe=lambda p: {"loop": "query_outer", "operands": "rows", "num_warps": 4, "num_stages": 1},
+    safe=lambda p: {"loop": "query_outer", "operands": "rows", "loads": "pointer", "num_warps": 4, "num_stages": 1},
     illegal=lambda p, c: _selected_illegal(p, c),
 )
 
@@ -89,6 +90,10 @@ def _selected_default(p: Problem) -> dict[str, Value]:
 
 
 def _selected_illegal(p: Problem, c: Config) -> str | None:
+    if c.loop == "query_outer" and (reason := _descriptor_fault(p, c)):
+        return reason
+    if c.loop == "query_outer" and c.loads == "descriptor" and c.num_stages == 1:
+        return "descriptor loads without a pipeline"
     if c.loop == "query_outer" and c.operands == "keys" and c.num_warps * 16 > max(p.selection_block, 16):
         return f"{c.num_warps} warps on a block of {p.selection_block} keys leave warps without rows"
     if c.loop == "query_outer" and c.operands == "keys" and c.num_stages == 1:

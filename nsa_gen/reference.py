@@ -262,7 +262,7 @@ def sliding_merge(q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa:
         part_lse: ``[Hkv,n - initial - local,T,G]``, log2 of their softmax denominators.
     """
     dtype = dtype or q.dtype
-    heads, slots = k_slc.shape[1], count - initial - local
+    heads, slots = k_slc.shape[1], part.shape[1]
     starts = torch.tensor([start for start, end in bounds(cu_seqlens, len(q)) if end > start], device=q.device, dtype=torch.long)
     tokens = torch.arange(len(q), device=q.device)
     current = (tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] if len(q) else tokens) // selection_block

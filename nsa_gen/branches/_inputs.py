@@ -52,7 +52,7 @@ class Geometry(NamedTuple):
 
 _named = SimpleNamespace()  # spec by name or path
 _geometries: dict[str, Geometry] = {}
-_problems: dict[tuple[str, str, str, torch.dtype, bool], Problem] = {}
+_problems: dict[tuple[str, str | int | None, str, torch.dtype, bool], Problem] = {}
 
 
 def geometry_of(spec: SpecLike) -> Geometry:
@@ -100,7 +100,7 @@ def _spec(g: Geometry, dtype: torch.dtype) -> Spec:
     )  # fmt: skip
 
 
-def module(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Any:
+def module(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str | int | None = None) -> Any:
     """The rendered module of kernel ``name`` for tensors like ``x``. The dtype is that of ``x``: a spec's own is what it is tuned for."""
     exact = (name, which, key, x.dtype, cu_seqlens is not None)
     problem = _problems.get(exact)
@@ -109,7 +109,7 @@ def module(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Sha
     return kernels.get(problem, shape, kernels.device_of(x))
 
 
-def kernel(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str = "k") -> Callable[..., None]:
+def kernel(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Shape, which: str | int | None = None) -> Callable[..., None]:
     """The host function of :func:`module`."""
     return getattr(module(name, key, x, cu_seqlens, shape, which), name)
 

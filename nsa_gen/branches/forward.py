@@ -105,19 +105,12 @@ class _Rest:
     start: int
     sequences: tuple[Tensor | None, int, int]
 
-    def branches(self) -> tuple[Tensor, ...]:
-        """``o_cmp, o_swa`` and the gates. Overwrites ``lse``."""
-        o_swa = torch.empty_like(self.o_cmp)
-        slide = kernel("sliding_attention_fwd", *self.at)
-        slide(self.q, self.k_swa, self.v_swa, o_swa, self.lse, self.scale, self.start, *self.sequences)
-        return self.o_cmp, o_swa, *self.gates
-
     def merge(self, begin: int, end: int, part: Tensor, part_lse: Tensor) -> None:
         """Write the gated sum of the queries [begin, end) over ``o_cmp``, given the partial results of their selected branch."""
         q, o_cmp, *gates = (self.q, self.o_cmp, *self.gates)
         if end - begin < q.shape[0]:
             q, o_cmp, *gates = (x[begin:end] for x in (q, o_cmp, *gates))
-        run = kernel("sliding_merge_fwd", *self.at)
+        run = kernel("sliding_merge_fwd", *self.at, part.shape[1])
         keys = (self.k_slc, self.v_slc, self.k_swa, self.v_swa)
         run(q, *keys, part, part_lse, o_cmp, *gates, o_cmp, self.scale, self.start + begin, *self.sequences)
 
