@@ -28,24 +28,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LONG = 512 * 1024
+#: How query-outer selected attention multiplies and loads, each checked beside what the tables choose.
+ORDERS = (("rows", "pointer"), ("rows", "descriptor"), ("keys", "descriptor"))
 
 
 def memcheck(spec_name: str) -> str:
     """One ragged call of each kernel; run under the sanitizer."""
     import torch
 
-    from nsa_gen import inputs, kernels
-    from nsa_gen.config import Shape, problems
+    from nsa_gen import inputs, kernels, space
+    from nsa_gen.config import Config, Shape, problems
     from nsa_gen.spec import load
 
     spec, lengths = load(spec_name), (1153, 0, 31, 1, 700)
     done = []
+    query_outer = {"loop": "query_outer", "num_warps": 1, "num_stages": 2}
+    orders = [Config.of("selected_attention_fwd", query_outer | {"operands": o, "loads": x}) for o, x in ORDERS]
     for problem in problems(spec, varlen=True) + [p for p in problems(spec) if "varlen" not in dict(p.values)]:
         if problem.kernel in done and problem.kernel != "compress_fwd":
             continue
         case = inputs.case(problem, seqlens=lengths, heads_kv=spec.heads.kv, device="cuda")
-        case.run(kernels.get(problem, Shape(max(lengths), len(lengths) * spec.heads.kv), kernels.default_device()))
-        torch.cuda.synchronize()
+        legal = set(space.candidates(problem)) if problem.kernel == "selected_attention_fwd" else set()
+        for configs in [(), *((config,) for config in orders if config in legal)]:
+            with kernels.override(*configs):
+                case.run(kernels.get(problem, Shape(max(lengths), len(lengths) * spec.heads.kv), kernels.default_device()))
+            torch.cuda.synchronize()
         done.append(problem.kernel)
     return f"{len(done)} kernels"
 

@@ -94,6 +94,9 @@ class _Plan:
 _plans: dict[tuple[Problem, str, Overrides], _Plan] = {}
 _unfit: dict[tuple[Problem, str, Config], Resolution] = {}
 _devices: dict[int, Device] = {}
+_remembered: list[dict[Any, Any]] = []
+#: What else a choice of kernels depends on, as a value that can key a cache.
+state = lookup.active_overrides
 
 
 def get(problem: Problem, shape: Shape, device: Device) -> Kernel:
@@ -161,9 +164,15 @@ def _fitting(problem: Problem, device: Device, resolution: Resolution) -> Resolu
 
 def clear() -> None:
     """Forget every kernel, device and lookup of this process, so that changed tables and environment variables are read anew."""
-    for cache in (_plans, _unfit, _devices):
+    for cache in (_plans, _unfit, _devices, *_remembered):
         cache.clear()
     source_of.cache_clear()
+
+
+def remember(cache: dict[Any, Any]) -> dict[Any, Any]:
+    """``cache``, which :func:`clear` empties: what is remembered of calls whose kernels were chosen here."""
+    _remembered.append(cache)
+    return cache
 
 
 def resolve(

@@ -10,7 +10,7 @@ same signature code serves ahead-of-time compilation without a GPU: under :func:
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ except ImportError as error:
     raise UnsupportedVersion(f"triton is missing or too old ({error}): {versions.mend('triton')}") from error
 versions.require(torch=torch.__version__, triton=triton.__version__)
 
-__all__ = ["Job", "Launcher", "OutOfResources", "compile_job", "recording"]
+__all__ = ["Job", "Launcher", "OutOfResources", "TensorDescriptor", "compile_job", "current_device", "current_stream", "recording", "watched_by"]
 
 _DTYPES = {
     torch.float32: "fp32",
@@ -45,9 +45,10 @@ _DTYPES = {
 #: What the system says of a folder that cannot be written.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 _recording: list[Job] | None = None
+_watcher: Callable[..., None] | None = None
 #: What ``torch.cuda.current_device`` and ``current_stream`` come down to: a launch has tensors on the GPU, so CUDA is initialised.
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,17 @@ def recording() -> Iterator[list[Job]]:
         _recording = outer
 
 
+@contextmanager
+def watched_by(watcher: Callable[..., None]) -> Iterator[None]:
+    """Have every launch, of any thread, told to ``watcher(run, function, metadata, grid, args, tail)`` once it is made."""
+    global _watcher
+    outer, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = outer
+
+
 class Launcher:
     """A jit function with its constexpr values and launch options.
 
@@ -137,13 +149,15 @@ class Launcher:
         if self._interpreted:
             self.kernel[grid](*args, **self.constants, **extra)
             return
-        device = _current_device()
+        device = current_device()
         key = (device, *extra.values()) if extra else device
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(args, extra)
         run, function, metadata, tail = bound
-        run(grid_x, grid_y, grid_z, _current_stream(device), function, metadata, None, None, None, *args, *tail)
+        run(grid_x, grid_y, grid_z, current_stream(device), function, metadata, None, None, None, *args, *tail)
+        if _watcher is not None:
+            _watcher(run, function, metadata, (grid_x, grid_y, grid_z), args, tail)
 
     @staticmethod
     def in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from .branches import _inputs, combine as _combine, compression, forward, selection, sliding  # isort: skip
 from .branches._inputs import Geometry, SpecLike, Tokens, check, check_heads, geometry
 from .errors import InputError, NSAError
+from .replay import replayed
 
 __all__ = ["combine", "compress", "compressed_attention", "nsa_attention", "select_blocks", "selected_attention", "sliding_attention"]
 
@@ -43,6 +44,7 @@ def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
     ``Library.define`` costs less per call than ``custom_op``, and calls that need no gradient pass below the autograd formula.
     """
     _library.define(name + schema)
+    run = replayed(run)
 
     def on_device(first: Tensor, *args: Any) -> Any:
         other = _inputs.on_device_of(first)

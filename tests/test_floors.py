@@ -19,7 +19,7 @@ FLOORS = (
     ("render", "knobs", "space", "row", "table", "lookup", "reference", "acceptance", "values", "inputs"),
     ("loader", "precompile"),
     ("kernels",),
-    ("branches",),
+    ("branches", "replay"),
     ("ops", "cache", "module", "verify"),
     ("console", "generate", "bench", "tables", "tune", "report", "doctor", "demo"),
     ("cli",),

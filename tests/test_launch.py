@@ -58,7 +58,7 @@ class Compiled:
 def compile_job(job, target):
     compiled.append(job.constants["SQUARE"])
     return Compiled()
-launch.compile_job, launch._current_device, launch._current_stream = compile_job, lambda: 1, lambda device: 1000 + device
+launch.compile_job, launch.current_device, launch.current_stream = compile_job, lambda: 1, lambda device: 1000 + device
 triton.runtime.driver.set_active(type("Driver", (), {"get_current_target": lambda self: H200})())
 run = Launcher(scale_kernel, {"BLOCK": 64})
 for _ in range(2):

@@ -21,6 +21,7 @@ from .. import kernels, paths
 from ..config import Problem, Shape
 from ..config import problem as problem_of
 from ..errors import InputError, allowed
+from ..launch import current_device
 from ..spec import Spec, load
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,12 +67,15 @@ def geometry_of(spec: SpecLike) -> Geometry:
     return _parse(spec.key) if torch.compiler.is_compiling() else geometry(spec.key)
 
 
-@torch.compiler.assume_constant_result
 def _load(name: str) -> bool:
     """Have ``_named`` hold the spec. (``torch.compile`` runs this once, and reads the attribute: it cannot take a Spec for a constant.)"""
     if name not in _named.__dict__:
         setattr(_named, name, load(name))
     return True
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch._dynamo, a second or more, for calls that never compile.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def geometry(key: str) -> Geometry:
@@ -137,7 +141,7 @@ def ready_flat(x: Tensor) -> Tensor:
 
 def on_device_of(x: Tensor) -> Any:
     """A context in which kernels launch on the GPU of ``x``, or None if they do already (kernels launch on the current one)."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != current_device():
         return torch.cuda.device(x.get_device())
     return None
 

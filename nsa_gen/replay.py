@@ -1,0 +1,290 @@
+"""A call like an earlier one launches the same kernels with the same numbers; only addresses differ. So it is replayed from a record.
+
+What an operator does on the host (choose kernels, compute grids and strides, slice, allocate) depends on the shapes, strides and dtypes of
+its tensors and on its other arguments, never on what tensors hold. The first call with some of these runs as written; the second is
+watched: its launches, the memory it allocates and what it clears; later ones fill addresses into that record. A warm call then costs a
+look-up, one allocation for its results each and one for all scratch, and its bare launches. A call that does anything else with torch
+(copies an input that kernels cannot read in place, say) is not replayed, nor is one on the CPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import kernels, launch, paths
+from .launch import TensorDescriptor
+
+#: Calls of an operator that are remembered; past it, all are forgotten.
+MOST = 1024
+_SEEN, _NEVER = "seen once", "not replayable"
+_ALIGNMENT = 256
+_aten = torch.ops.aten
+_ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
+_one_at_a_time = threading.Lock()
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, replayed where it can be.
+
+    Args:
+        call: takes tensors (always one first), lists of tensors, None, strings and numbers; returns a tensor that it made, or a tuple of
+            such. Besides its arguments it depends on ``kernels.state()`` only, and on what ``kernels.clear()`` has read anew.
+    """
+    known: dict[tuple[Any, ...], Any] = kernels.remember({})
+
+    @wraps(call)
+    def run(first: Tensor, *rest: Any) -> Any:
+        if not _on_gpu(first):
+            return call(first, *rest)
+        tensors = [first]
+        like = [first.get_device(), kernels.state(), first.shape, first.stride(), first.dtype]
+        for x in rest:
+            if isinstance(x, Tensor):
+                tensors.append(x)
+                like += x.shape, x.stride(), x.dtype
+            elif type(x) is list:
+                tensors += x
+                like.append(len(x))
+                for y in x:
+                    like += y.shape, y.stride(), y.dtype
+            else:
+                like.append(x)
+        key = tuple(like)
+        found = known.get(key)
+        if type(found) is _Record:
+            result = found.run(tensors)
+            return call(first, *rest) if result is None else result
+        if found is _SEEN and _one_at_a_time.acquire(blocking=False):
+            try:
+                result, known[key] = _record(call, (first, *rest), tensors)
+            finally:
+                _one_at_a_time.release()
+            return result
+        if found is None:
+            if len(known) >= MOST:
+                known.clear()
+            known[key] = _SEEN
+        return call(first, *rest)
+
+    return run
+
+
+class _Address:
+    """What a descriptor's base must be for a launch."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int):
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Descriptor:
+    """A descriptor argument of a record: all but its base, and the last one made."""
+
+    __slots__ = ("fields", "last")
+
+    def __init__(self, descriptor: TensorDescriptor):
+        self.fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+        self.last: tuple[int, Any] = (-1, None)
+
+    def at(self, address: int) -> TensorDescriptor:
+        known, descriptor = self.last
+        if known != address:
+            descriptor = object.__new__(TensorDescriptor)  # the constructor checked these fields when the call was recorded
+            descriptor.__dict__ = {"base": _Address(address), **self.fields}
+            self.last = address, descriptor
+        return descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a call does. Memory has owners: the call's tensors, then its results, then the scratch pool; an address is an owner and a byte
+    offset in it.
+
+    Args:
+        residues: addresses of the call's tensors modulo 16.
+        results: shape and dtype of each; ``single``: it is a tensor, no tuple.
+        pool: bytes of scratch.
+        launches: called with the stream, what was made (results and pool) and the address of each owner.
+    """
+
+    device: torch.device
+    residues: list[int]
+    results: list[tuple[tuple[int, ...], torch.dtype]]
+    single: bool
+    pool: int
+    launches: Callable[..., None]
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """The call's result for these tensors; None if one is aligned otherwise than when recorded."""
+        addresses = [x.data_ptr() for x in tensors]
+        if [address & 15 for address in addresses] != self.residues:
+            return None
+        made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.results]
+        if self.pool:
+            made.append(torch.empty(self.pool, dtype=torch.uint8, device=self.device))
+        self.launches(launch.current_stream(self.device.index), made, *addresses, *[x.data_ptr() for x in made])
+        return made[0] if self.single else tuple(made[: len(self.results)])
+
+
+class _Script:
+    """Python code of a record: a loop over steps and their arguments would cost as much as the launches."""
+
+    def __init__(self, owners: int):
+        names = ["stream", "made", *(f"a{i}" for i in range(owners))]
+        self.lines, self.names = [f"def launches({', '.join(names)}):"], {}
+
+    def value(self, x: Any) -> str:
+        """The code of a constant."""
+        if x is None or type(x) in (bool, int):
+            return repr(x)
+        name = f"x{len(self.names)}"
+        self.names[name] = x
+        return name
+
+    @staticmethod
+    def address(owner: int, offset: int) -> str:
+        return f"a{owner} + {offset}" if offset else f"a{owner}"
+
+    def call(self, run: Any, *args: str) -> None:
+        self.lines.append(f"    {self.value(run)}({', '.join(args)})")
+
+    def function(self) -> Callable[..., None]:
+        exec("\n".join(self.lines), self.names)
+        return self.names["launches"]  # type: ignore[no-any-return]
+
+
+def _record(call: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, _Record | str]:
+    """The call's result, and its record if it can be replayed."""
+    watcher = _Watcher(tensors)
+    with launch.watched_by(watcher.launched), watcher:
+        result = call(*args)
+    return result, watcher.record(result) or _NEVER
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """An argument of a launch by its place in memory, of what a descriptor describes where there is one."""
+
+    owner: int
+    offset: int
+    descriptor: _Descriptor | None = None
+
+
+class _Watcher(TorchDispatchMode):
+    """Sees what a call allocates, views, clears and launches. ``fault``: it did what cannot be replayed."""
+
+    def __init__(self, tensors: list[Tensor]):
+        super().__init__()
+        self.thread = threading.get_ident()
+        self.tensors = tensors
+        self.made: list[Tensor] = []
+        self.bases = [x.data_ptr() for x in tensors]
+        self.owner = {id(x): i for i, x in enumerate(tensors)}
+        self.alive: list[Any] = []  # an id is only that of one object as long as it lives
+        self.steps: list[Any] = []  # (owner, offset, bytes) cleared, or (launched, arguments)
+        self.fault = len(self.owner) != len(tensors)  # two arguments are one tensor now, and perhaps not the next time
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if func.is_view and id(args[0]) in self.owner:
+            for x in [out] if isinstance(out, Tensor) else out:
+                self._own(x, self.owner[id(args[0])])
+        elif packet in _ALLOCATE:
+            self._own(out, len(self.tensors) + len(self.made))
+            self.made.append(out)
+            self.bases.append(out.data_ptr())
+        elif packet is _aten.zero_ and out.is_contiguous() and self.owner.get(id(out), -1) >= len(self.tensors):
+            self.steps.append((*self._place(out), out.numel() * out.element_size()))
+        else:
+            self.fault = True
+        return out
+
+    def _own(self, x: Tensor, owner: int) -> None:
+        self.owner[id(x)] = owner
+        self.alive.append(x)
+
+    def _place(self, x: Tensor) -> tuple[int, int]:
+        owner = self.owner.get(id(x))
+        if owner is None:
+            self.fault = True
+            return 0, 0
+        return owner, x.data_ptr() - self.bases[owner]
+
+    def launched(self, run: Any, function: Any, metadata: Any, grid: tuple[int, ...], args: tuple[Any, ...], tail: tuple[Any, ...]) -> None:
+        """A launch of some thread, seen by ``Launcher``."""
+        if threading.get_ident() != self.thread:
+            return
+        placed: list[Any] = []
+        for x in (*args, *tail):
+            if isinstance(x, Tensor):
+                placed.append(_Pointer(*self._place(x)))
+            elif isinstance(x, TensorDescriptor):
+                placed.append(_Pointer(*self._place(x.base), _Descriptor(x)))
+            else:
+                placed.append(x)
+        self.steps.append(((run, function, metadata, grid), placed))
+
+    def record(self, result: Any) -> _Record | None:
+        """What was seen, with all memory but the results in one pool."""
+        single = isinstance(result, Tensor)
+        results, inputs = [result] if single else list(result), len(self.tensors)
+        place = {}  # of what the call made: owner and offset in a record
+        for x in results:
+            owner, offset = self._place(x)
+            whole = x.is_contiguous() and x.numel() * x.element_size() == x.untyped_storage().nbytes()
+            if owner < inputs or offset or not whole or x.dtype is torch.uint8:
+                return None
+            place[owner] = inputs + len(place), 0
+        pool = 0
+        for i, x in enumerate(self.made, inputs):
+            if i not in place:
+                place[i] = inputs + len(results), pool
+                pool += (x.untyped_storage().nbytes() // _ALIGNMENT + 1) * _ALIGNMENT
+        if self.fault or pool > paths.workspace_bytes() or not any(len(step) == 2 for step in self.steps):
+            return None
+
+        def moved(owner: int, offset: int) -> tuple[int, int]:
+            new, start = place.get(owner, (owner, 0))
+            return new, start + offset
+
+        script = _Script(inputs + len(results) + bool(pool))
+        for step in self.steps:
+            if len(step) == 3:
+                owner, offset, size = step
+                new, offset = moved(owner, offset)
+                if new < inputs + len(results):
+                    if size != self.made[owner - inputs].untyped_storage().nbytes():
+                        return None
+                    script.lines.append(f"    made[{new - inputs}].zero_()")
+                else:
+                    script.lines.append(f"    made[{new - inputs}][{offset}:{offset + size}].zero_()")
+                continue
+            (run, function, metadata, grid), args = step
+            code = [str(n) for n in grid] + ["stream", script.value(function), script.value(metadata), "None", "None", "None"]
+            for x in args:
+                if type(x) is not _Pointer:
+                    code.append(script.value(x))
+                else:
+                    address = script.address(*moved(x.owner, x.offset))
+                    code.append(address if x.descriptor is None else f"{script.value(x.descriptor.at)}({address})")
+            script.call(run, *code)
+        residues = [x.data_ptr() & 15 for x in self.tensors]
+        kinds = [(tuple(x.shape), x.dtype) for x in results]
+        return _Record(self.tensors[0].device, residues, kinds, single, pool, script.function())
