@@ -29,7 +29,9 @@ except ImportError as error:
     raise UnsupportedVersion(f"triton is missing or too old ({error}): {versions.mend('triton')}") from error
 versions.require(torch=torch.__version__, triton=triton.__version__)
 
-__all__ = ["Job", "Launcher", "OutOfResources", "TensorDescriptor", "compile_job", "current_device", "current_stream", "recording", "watched_by"]
+__all__ = [
+    "Job", "Launcher", "OutOfResources", "TensorDescriptor", "compile_job", "current_device", "current_stream", "recording", "watched_by",
+]  # fmt: skip
 
 _DTYPES = {
     torch.float32: "fp32",

@@ -10,9 +10,10 @@ look-up, one allocation for its results each and one for all scratch, and its ba
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
                 like.append(x)
         key = tuple(like)
         found = known.get(key)
-        if type(found) is _Record:
-            result = found.run(tensors)
+        if type(found) is FunctionType:
+            result = found(*tensors)
             return call(first, *rest) if result is None else result
         if found is _SEEN and _one_at_a_time.acquire(blocking=False):
             try:
@@ -111,70 +112,48 @@ class _Descriptor:
         return descriptor
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """What a call does. Memory has owners: the call's tensors, then its results, then the scratch pool; an address is an owner and a byte
-    offset in it.
+class _Script:
+    """Python code that replays a call: looping over what was recorded would cost as much as the launches.
 
-    Args:
-        residues: addresses of the call's tensors modulo 16.
-        results: shape and dtype of each; ``single``: it is a tensor, no tuple.
-        pool: bytes of scratch.
-        launches: called with the stream, what was made (results and pool) and the address of each owner.
+    The function takes the call's tensors ``x0, x1, …``. Memory has owners, numbered: those, then the results, then the scratch pool; owner
+    ``i`` begins at address ``a<i>``.
     """
 
-    device: torch.device
-    residues: list[int]
-    results: list[tuple[tuple[int, ...], torch.dtype]]
-    single: bool
-    pool: int
-    launches: Callable[..., None]
-
-    def run(self, tensors: Sequence[Tensor]) -> Any:
-        """The call's result for these tensors; None if one is aligned otherwise than when recorded."""
-        addresses = [x.data_ptr() for x in tensors]
-        if [address & 15 for address in addresses] != self.residues:
-            return None
-        made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.results]
-        if self.pool:
-            made.append(torch.empty(self.pool, dtype=torch.uint8, device=self.device))
-        self.launches(launch.current_stream(self.device.index), made, *addresses, *[x.data_ptr() for x in made])
-        return made[0] if self.single else tuple(made[: len(self.results)])
-
-
-class _Script:
-    """Python code of a record: a loop over steps and their arguments would cost as much as the launches."""
-
-    def __init__(self, owners: int):
-        names = ["stream", "made", *(f"a{i}" for i in range(owners))]
-        self.lines, self.names = [f"def launches({', '.join(names)}):"], {}
+    def __init__(self, inputs: int):
+        self.names: dict[str, Any] = {"empty": torch.empty, "stream_of": launch.current_stream}
+        self.lines = [f"def replay({', '.join(f'x{i}' for i in range(inputs))}):"]
 
     def value(self, x: Any) -> str:
         """The code of a constant."""
         if x is None or type(x) in (bool, int):
             return repr(x)
-        name = f"x{len(self.names)}"
+        name = f"c{len(self.names)}"
         self.names[name] = x
         return name
 
-    @staticmethod
-    def address(owner: int, offset: int) -> str:
-        return f"a{owner} + {offset}" if offset else f"a{owner}"
+    def line(self, text: str) -> None:
+        self.lines.append(f"    {text}")
 
-    def call(self, run: Any, *args: str) -> None:
-        self.lines.append(f"    {self.value(run)}({', '.join(args)})")
+    def own(self, i: int) -> None:
+        """Take the address of ``x<i>``."""
+        self.line(f"a{i} = x{i}.data_ptr()")
 
-    def function(self) -> Callable[..., None]:
+    def make(self, i: int, size: Any, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate ``x<i>``."""
+        self.line(f"x{i} = empty({size}, dtype={self.value(dtype)}, device={self.value(device)})")
+        self.own(i)
+
+    def function(self) -> FunctionType:
         exec("\n".join(self.lines), self.names)
-        return self.names["launches"]  # type: ignore[no-any-return]
+        return self.names["replay"]  # type: ignore[no-any-return]
 
 
-def _record(call: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, _Record | str]:
-    """The call's result, and its record if it can be replayed."""
+def _record(call: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, FunctionType | str]:
+    """The call's result, and what replays it."""
     watcher = _Watcher(tensors)
     with launch.watched_by(watcher.launched), watcher:
         result = call(*args)
-    return result, watcher.record(result) or _NEVER
+    return result, watcher.script(result) or _NEVER
 
 
 @dataclass(frozen=True)
@@ -241,8 +220,11 @@ class _Watcher(TorchDispatchMode):
                 placed.append(x)
         self.steps.append(((run, function, metadata, grid), placed))
 
-    def record(self, result: Any) -> _Record | None:
-        """What was seen, with all memory but the results in one pool."""
+    def script(self, result: Any) -> FunctionType | None:
+        """What replays the call, given its tensors: the result, or None if one is aligned otherwise now. All scratch is one pool.
+
+        None if the call cannot be replayed.
+        """
         single = isinstance(result, Tensor)
         results, inputs = [result] if single else list(result), len(self.tensors)
         place = {}  # of what the call made: owner and offset in a record
@@ -264,27 +246,36 @@ class _Watcher(TorchDispatchMode):
             new, start = place.get(owner, (owner, 0))
             return new, start + offset
 
-        script = _Script(inputs + len(results) + bool(pool))
+        script, device = _Script(inputs), self.tensors[0].device
+        for i in range(inputs):
+            script.own(i)
+        residues = [x.data_ptr() & 15 for x in self.tensors]
+        aligned = [f"a{i}" if not residue else f"a{i} - {residue}" for i, residue in enumerate(residues)]
+        script.line(f"if ({' | '.join(aligned)}) & 15: return None")  # an input that may need a copy now
+        for i, x in enumerate(results, inputs):
+            script.make(i, tuple(x.shape), x.dtype, device)
+        scratch = inputs + len(results)
+        if pool:
+            script.make(scratch, pool, torch.uint8, device)
+        script.line(f"stream = stream_of({device.index})")
         for step in self.steps:
             if len(step) == 3:
                 owner, offset, size = step
                 new, offset = moved(owner, offset)
-                if new < inputs + len(results):
-                    if size != self.made[owner - inputs].untyped_storage().nbytes():
-                        return None
-                    script.lines.append(f"    made[{new - inputs}].zero_()")
-                else:
-                    script.lines.append(f"    made[{new - inputs}][{offset}:{offset + size}].zero_()")
+                if new < scratch and size != self.made[owner - inputs].untyped_storage().nbytes():
+                    return None
+                script.line(f"x{new}.zero_()" if new < scratch else f"x{new}[{offset}:{offset + size}].zero_()")
                 continue
             (run, function, metadata, grid), args = step
             code = [str(n) for n in grid] + ["stream", script.value(function), script.value(metadata), "None", "None", "None"]
             for x in args:
                 if type(x) is not _Pointer:
                     code.append(script.value(x))
-                else:
-                    address = script.address(*moved(x.owner, x.offset))
-                    code.append(address if x.descriptor is None else f"{script.value(x.descriptor.at)}({address})")
-            script.call(run, *code)
-        residues = [x.data_ptr() & 15 for x in self.tensors]
-        kinds = [(tuple(x.shape), x.dtype) for x in results]
-        return _Record(self.tensors[0].device, residues, kinds, single, pool, script.function())
+                    continue
+                new, offset = moved(x.owner, x.offset)
+                address = f"a{new} + {offset}" if offset else f"a{new}"
+                code.append(address if x.descriptor is None else f"{script.value(x.descriptor.at)}({address})")
+            script.line(f"{script.value(run)}({', '.join(code)})")
+        made = ", ".join(f"x{i}" for i in range(inputs, scratch))
+        script.line(f"return {made}" if single else f"return ({made},)")
+        return script.function()

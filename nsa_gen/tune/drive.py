@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import paths, table
-from ..device import Device
+from ..device import Device, same_arch
 from ..errors import TargetError, TuneError
 from ..geometry import Spec, TuneShape
 from ..row import Row
@@ -103,6 +103,7 @@ def run(
         known = _same(reading.records, found, environment) if resume else []
         summary = Summary(found.slug, environment, skipped_lines=reading.skipped)
         journal.append({"event": "run", "device": found.slug, "environment": environment, "resume": resume, "date": _now()})
+        concerned = {plan.problem.kernel for plan in todo}
         tuner = Tuner(
             backend,
             builders,
@@ -110,7 +111,8 @@ def run(
             found,
             journal,
             options=options,
-            rows={kernel: _rows(folder, found.slug, kernel) for kernel in {plan.problem.kernel for plan in todo}},
+            rows={kernel: _rows(folder, found.slug, kernel) for kernel in concerned},
+            elsewhere={kernel: _elsewhere(found, kernel) for kernel in concerned},
             known=known,
             progress=show,
             stop=stopped,
@@ -164,6 +166,11 @@ def _rows(folder: Path | None, slug: str, kernel: str) -> list[Row]:
         own = Table.load(path).rows
     serving = [*table.user_tables(slug, kernel), *table.shipped_tables(slug, kernel)]
     return [*own, *(row for found in serving for row in found.rows)]
+
+
+def _elsewhere(device: Device, kernel: str) -> list[Row]:
+    """Shipped rows of the other devices of the arch, those of the nearest first."""
+    return [row for other in same_arch(device) for found in table.shipped_tables(other.slug, kernel) for row in found.rows]
 
 
 def _written(tuner: Tuner, plan: Plan, result: Result, environment: dict[str, str], folder: Path | None) -> list[Row]:

@@ -68,6 +68,11 @@ def plans(
     return [Plan(problem, tuple(sorted(points.values()))) for problem, points in found.items()]
 
 
+def borrowed(rows: Iterable[Row], problem: Problem, point: Point) -> list[Config]:
+    """Configs of other devices' rows for a problem at a point: what serves its calls as long as nothing is measured here."""
+    return list(dict.fromkeys(row.config for row in rows if row.problem == problem and row.holds(point.shape)))
+
+
 def incumbent(rows: Iterable[Row], problem: Problem, point: Point) -> Config | None:
     """The config a table holds for a problem at a point (the row of the highest rank), or None."""
     held = [row for row in rows if row.problem == problem and row.holds(point.shape)]

@@ -20,7 +20,7 @@ from . import finals
 from .backend import SPILL_LIMIT, Backend, Final
 from .finals import Decision
 from .log import TrialLog
-from .plan import Plan, incumbent
+from .plan import Plan, borrowed, incumbent
 from .progress import Silent
 from .records import Built, Failure, Measured, Point, Trial
 from .study import Study, legal
@@ -79,6 +79,7 @@ class Tuner:
         backend: this process's: only ``digest`` is called on it.
         builders, gpus: pools that serve a :class:`Backend`; every request is a call of one of its methods.
         rows: the tables' rows by kernel, for incumbents.
+        elsewhere: rows of other devices of the arch by kernel, whose configs are tried first.
         known: trials and finals of earlier runs that still hold.
         stop: whether to end now; asked several times a second.
         deadline: ``time.monotonic()`` at which the run ends, or infinity.
@@ -94,6 +95,7 @@ class Tuner:
         *,
         options: Options = Options(),
         rows: dict[str, Sequence[Row]] | None = None,
+        elsewhere: dict[str, Sequence[Row]] | None = None,
         known: Sequence[dict[str, Any]] = (),
         progress: Silent | None = None,
         stop: Callable[[], bool] = lambda: False,
@@ -102,7 +104,7 @@ class Tuner:
         self.backend, self.builders, self.gpus, self.device, self.log = backend, builders, gpus, device, log
         self.options, self.progress = options, progress or Silent()
         self._stop, self.deadline = stop, deadline
-        self._rows = rows or {}
+        self._rows, self._elsewhere = rows or {}, elsewhere or {}
         # By point too: a constant that follows the length (the width of a top-k row) makes another binary. Else it is a cache hit.
         self.built: dict[tuple[Problem, Point, Config], Built | Failure] = {}
         self._building: dict[int, tuple[Problem, Point, Config]] = {}
@@ -201,7 +203,8 @@ class Tuner:
         key = plan.problem, point
         if key not in self._searches:
             known = {c: t.ms for c, t in self.trials.get(key, {}).items()}
-            first = legal(plan.problem, [*self._given(plan.problem)[:1], self._incumbent(plan.problem, point), *carried])
+            others = borrowed(self._elsewhere.get(plan.problem.kernel, ()), plan.problem, point)
+            first = legal(plan.problem, [*self._given(plan.problem)[:1], self._incumbent(plan.problem, point), *others, *carried])
             study = Study(
                 plan.problem,
                 f"{self.device.slug}-{point}",

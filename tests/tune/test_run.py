@@ -18,7 +18,7 @@ from machine import Machine, config
 from nsa_gen import space, spec, table
 from nsa_gen.errors import ConfigError, InputError, TableError, TargetError, TuneError
 from nsa_gen.table import Table
-from nsa_gen.tune import plans, run
+from nsa_gen.tune import drive, plans, run
 from nsa_gen.tune.drive import _same
 from nsa_gen.tune.log import TrialLog
 from nsa_gen.tune.records import Failure, Measured, Point, Trial
@@ -246,6 +246,17 @@ def test_the_incumbent_is_tried_and_stays_where_nothing_is_better(tmp_path):
     assert {call[1] for call in again.calls if call[0] == "evaluate"} == {config(), first.rows[0].config}
     assert second.rows[0].config == first.rows[0].config
     assert len(saved(tmp_path).rows) == 1
+
+
+def test_what_another_device_of_the_arch_uses_is_tried(tmp_path, monkeypatch):
+    first = tune(tmp_path, Machine(), seqlens=[4096])
+    (row,) = first.rows
+    other = replace(row, config=next(c for c in space.candidates(machine.PROBLEM) if c not in (config(), row.config)))
+    monkeypatch.setattr(drive, "_elsewhere", lambda device, kernel: [other, replace(other, seqlen=(1, 2), config=row.config)])
+    again = Machine()
+    (tmp_path / "b").mkdir()
+    tune(tmp_path / "b", again, seqlens=[4096], trials=2)
+    assert {call[1] for call in again.calls if call[0] == "evaluate"} == {config(), other.config}
 
 
 def test_replayed_results_give_the_same_rows(tmp_path):
