@@ -119,8 +119,16 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int |
         spec: geometry and dtype.
         varlen: sequences of differing lengths given by ``cu_seqlens``.
         which: one of :func:`variants`; default the first.
+
+    Raises:
+        ConfigError: no such kernel or variant.
     """
-    which = variants(kernel, spec)[0] if which is None else which
+    key_fields(kernel)
+    known_variants = variants(kernel, spec)
+    if which is None:
+        which = known_variants[0]
+    elif which not in known_variants:
+        raise ConfigError(f"{kernel}: which: {allowed(which, known_variants)}")
     head_dim = spec.head_dim.v if which == "v" else spec.head_dim.qk
     pooling = spec.compression.pooling
     known: dict[str, Value] = {

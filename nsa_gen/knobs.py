@@ -256,7 +256,7 @@ SPACES["importance_fwd"] = Space(
     ),
     defaults={
         "": lambda p: _importance_default(p, num_warps=8),
-        "sm_90": lambda p: _importance_default(p, loads="descriptor", maxnreg=168),  # three programs a multiprocessor
+        "sm_90": lambda p: _importance_default(p, wgmma=True, loads="descriptor", maxnreg=168),  # three programs a multiprocessor
         "sm_100": lambda p: _importance_default(p, loads="descriptor"),
     },
     safe=lambda p: _importance_config(p, 16 if _wide(p) else 32, _key_tile(p, 32 if _wide(p) else 64), num_stages=1),
@@ -276,15 +276,17 @@ def _importance_config(p: Problem, rows: int, keys: int, **others: Value) -> dic
     return known | {"BLOCK_T": rows, "BLOCK_K": keys} | others
 
 
-def _importance_default(p: Problem, **others: Value) -> dict[str, Value]:
+def _importance_default(p: Problem, wgmma: bool = False, **others: Value) -> dict[str, Value]:
     if p.dtype == "float32":
         return _importance_config(p, 16, _key_tile(p, 32), num_stages=1)
+    keys, whole = _key_tile(p, 128), not p.head_dim_qk & (p.head_dim_qk - 1)
+    if p.head_dim_qk > 128 and wgmma and keys == 128:
+        return _importance_config(p, 128, keys, num_warps=8, **others) if whole else _importance_config(p, 64, keys)
     if p.head_dim_qk > 128:
         return _importance_config(p, 32, _key_tile(p, 64), num_stages=1)
-    keys = _key_tile(p, 128)
     if keys > 128:
         return _importance_config(p, 64, keys, num_warps=8)
-    if p.head_dim_qk & (p.head_dim_qk - 1) and others.get("loads") == "descriptor":
+    if not whole and others.get("loads") == "descriptor":
         return _importance_config(p, 64, keys)
     return _importance_config(p, 64, keys, **others)
 

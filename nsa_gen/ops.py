@@ -18,7 +18,7 @@ synchronises with the device, so operators can be captured in CUDA graphs; ``tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,97 +26,47 @@ from torch import Tensor
 
 from .branches import _inputs, combine as _combine, compression, forward, selection, sliding  # isort: skip
 from .branches._inputs import Geometry, SpecLike, Tokens, check, check_heads, geometry
-from .errors import InputError, NSAError
-from .replay import replayed
+from .errors import InputError
+from .register import register, requires_grad
 
 __all__ = ["combine", "compress", "compressed_attention", "nsa_attention", "select_blocks", "selected_attention", "sliding_attention"]
 
 # --- registration ----------------------------------------------------------------------------------------------------------------
 
-#: ``torch.ops.nsa_gen``; a generated package has a namespace of its own.
-NAMESPACE = (__package__ or "nsa_gen").replace(".", "_")
-_library = torch.library.Library(NAMESPACE, "DEF")
-
-
-def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define ``<NAMESPACE>::<name>`` and return what calls it.
-
-    ``Library.define`` costs less per call than ``custom_op``, and calls that need no gradient pass below the autograd formula.
-    """
-    _library.define(name + schema)
-    run = replayed(run)
-
-    def on_device(first: Tensor, *args: Any) -> Any:
-        other = _inputs.on_device_of(first)
-        if other is None:
-            return run(first, *args)
-        with other:
-            return run(first, *args)
-
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, on_device, key)
-    qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
-
-    def no_backward(ctx: Any, *grads: Any) -> Any:
-        raise NSAError(f"{qualified} has no backward: call it under torch.no_grad(), or on tensors that do not require gradients")
-
-    torch.library.register_autograd(qualified, no_backward, lib=_library)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(args)):
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
-
-
-def _requires_grad(args: Sequence[Any]) -> bool:
-    for x in args:
-        if isinstance(x, Tensor):
-            if x.requires_grad:
-                return True
-        elif type(x) is list and x and _requires_grad(x):
-            return True
-    return False
-
-
 _SEQUENCES = "Tensor? cu_seqlens, str key, SymInt batch, SymInt max_seqlen"
 
 _ATTENTION = f"{_SEQUENCES}, float scale) -> (Tensor, Tensor)"
-_compress = _register(
+_compress = register(
     "compress",
     "(Tensor x, Tensor[] weights, Tensor? cu_seqlens, str key, str which, SymInt batch, SymInt max_seqlen) -> Tensor",
     compression.compress_fwd,
     compression.compress_fake,
 )
-_compressed_attention = _register(
+_compressed_attention = register(
     "compressed_attention",
     f"(Tensor q, Tensor k_cmp, Tensor v_cmp, {_ATTENTION}",
     compression.compressed_attention_fwd,
     compression.compressed_attention_fake,
 )
-_select_blocks = _register(
+_select_blocks = register(
     "select_blocks",
     f"(Tensor q, Tensor k_cmp, Tensor lse, {_SEQUENCES}, float scale) -> Tensor",
     selection.select_blocks_fwd,
     selection.select_blocks_fake,
 )
-_selected_attention = _register(
+_selected_attention = register(
     "selected_attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_ATTENTION}",
     selection.selected_attention_fwd,
     selection.selected_attention_fake,
 )
-_sliding_attention = _register(
+_sliding_attention = register(
     "sliding_attention",
     f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}",
     sliding.sliding_attention_fwd,
     sliding.sliding_attention_fake,
 )
-_combine_op = _register(
+_combine_op = register(
     "combine",
     "(Tensor o_cmp, Tensor o_slc, Tensor o_swa, Tensor g_cmp, Tensor g_slc, Tensor g_swa) -> Tensor",
     _combine.combine_fwd,
@@ -153,9 +103,9 @@ _WHOLE = (
     f"Tensor? v_cmp, {_SEQUENCES}, float scale)"
 )
 #: For inference: ``o`` alone.
-_nsa_attention = _register("nsa_attention_fwd", f"{_WHOLE} -> Tensor", forward.inference, _nsa_attention_fwd_fake)
+_nsa_attention = register("nsa_attention_fwd", f"{_WHOLE} -> Tensor", forward.inference, _nsa_attention_fwd_fake)
 #: For training: ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``.
-_nsa_attention_saving = _register(
+_nsa_attention_saving = register(
     "nsa_attention_save", f"{_WHOLE} -> ({', '.join(['Tensor'] * 10)})", _nsa_attention_save, _nsa_attention_save_fake
 )
 
@@ -224,7 +174,7 @@ def nsa_attention(
         pack(q), [pack(x) for x in k], [pack(x) for x in v], pack(g_cmp), pack(g_slc), pack(g_swa), list(phi_k), list(phi_v), k_cmp, v_cmp,
         cu_seqlens, g.key, tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, g),
     )  # fmt: skip
-    saving = torch.is_grad_enabled() and _requires_grad(args)
+    saving = torch.is_grad_enabled() and requires_grad(args)
     return tokens.unpack(_nsa_attention_saving(*args)[0] if saving else _nsa_attention(*args))
 
 

@@ -258,8 +258,8 @@ def sliding_merge(q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa:
     branches (paper eqs. 5, 12): ``o [S,Hq,Dv]``.
 
     Args:
-        part: ``[Hkv,n - initial - local,T,G,Dv]``, a query's attention over each of its other blocks: as many as it has.
-        part_lse: ``[Hkv,n - initial - local,T,G]``, log2 of their softmax denominators.
+        part: ``[Hkv,parts,T,G,Dv]``, a query's attention over each of its other blocks, as many as it has, or (one part) over all of them.
+        part_lse: ``[Hkv,parts,T,G]``, log2 of their softmax denominators.
     """
     dtype = dtype or q.dtype
     heads, slots = k_slc.shape[1], part.shape[1]

@@ -32,10 +32,6 @@ _ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty
 _one_at_a_time = threading.Lock()
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
 def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, replayed where it can be.
 
@@ -47,10 +43,11 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(call)
     def run(first: Tensor, *rest: Any) -> Any:
-        if not _on_gpu(first):
+        index = first.get_device()
+        if index < 0:
             return call(first, *rest)
         tensors = [first]
-        like = [first.get_device(), kernels.state(), first.shape, first.stride(), first.dtype]
+        like = [index, kernels.state(), first.shape, first.stride(), first.dtype]
         for x in rest:
             if isinstance(x, Tensor):
                 tensors.append(x)

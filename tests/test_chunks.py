@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import weakref
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nsa_gen
-from nsa_gen import inputs, launch, loader, render, space
+from nsa_gen import inputs, launch, loader, lookup, render, space
 from nsa_gen.branches import forward, selection
 from nsa_gen.config import Config, Problem
 from nsa_gen.spec import load
@@ -23,7 +24,8 @@ KEYS = {
     "compressed_attention_fwd": {"head_dim_qk": 16, "head_dim_v": 16, "block": 8, "stride": 4},
     "sliding_attention_fwd": {"head_dim_qk": 16, "head_dim_v": 16, "window": 21},
     "sliding_merge_fwd": {
-        "head_dim_qk": 16, "head_dim_v": 16, "selection_block": 16, "count": 5, "initial": 1, "local": 2, "window": 21,
+        "head_dim_qk": 16, "head_dim_v": 16, "selection_block": 16, "count": 5, "initial": 1, "local": 2, "parts": 2,
+        "window": 21,
     },
     "selected_attention_fwd": {"head_dim_qk": 16, "head_dim_v": 16, "selection_block": 16, "count": 4, "initial": 1, "local": 1},
     "importance_fwd": {"head_dim_qk": 16, "block": 8, "stride": 4, "selection_block": 16, "mapping": "overlap"},
@@ -32,8 +34,15 @@ KEYS = {
 PER_QUERY = ("q", "lse", "block_indices", "o_cmp", "g_cmp", "g_slc", "g_swa")
 
 
-def problem(kernel: str, group: int = 3, varlen: bool = True, dtype: str = "float32") -> Problem:
-    return Problem.of(kernel, {"dtype": dtype, "group": group, "varlen": varlen} | KEYS[kernel])
+#: Configs of selected attention by loop order and loads of K and V.
+QUERY_OUTER = {
+    loads: Config.of("selected_attention_fwd", {"loop": "query_outer", "operands": "rows", "loads": loads, "num_warps": 1, "num_stages": 2})
+    for loads in ("pointer", "descriptor")
+}
+
+
+def problem(kernel: str, group: int = 3, varlen: bool = True, dtype: str = "float32", **changes) -> Problem:
+    return Problem.of(kernel, {"dtype": dtype, "group": group, "varlen": varlen} | KEYS[kernel] | changes)
 
 
 def run_part(case: inputs.Case, module, start: int, stop: int) -> dict[str, torch.Tensor]:
@@ -69,7 +78,7 @@ def configs(kernel: str, p: Problem) -> list[Config]:
     safe = space.safe(p)
     if kernel != "selected_attention_fwd":
         return [safe]
-    return [safe, Config.of(kernel, space.default(p, "sm_90").as_dict() | {"ENTRIES": 64})]
+    return [safe, space.default(p, "sm_90").replace(ENTRIES=64), QUERY_OUTER["descriptor"]]
 
 
 @runs
@@ -106,6 +115,38 @@ def test_equal_lengths(kernel):
 
 
 @runs
+def test_one_partial_result_a_query():
+    """As query-outer hands them to the fused end."""
+    p = problem("sliding_merge_fwd", parts=1)
+    case = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE)
+    module = loader.load(render.render(p, space.safe(p)))
+    whole = run_part(case, module, 0, case.total)
+    for start, stop in pairwise((0, 5, 51, case.total)):
+        assert same(run_part(case, module, start, stop)["o"], whole["o"][start:stop]), (start, stop)
+
+
+@runs
+@pytest.mark.parametrize("config", QUERY_OUTER.values(), ids=QUERY_OUTER)
+def test_partial_results_of_a_chunk_have_the_bits_of_the_whole(config):
+    p = problem("selected_attention_fwd")
+    case, module = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE), loader.load(render.render(p, config))
+
+    def parts(start, stop):
+        handed = []
+        rest = SimpleNamespace(merge=lambda *given: handed.append(given))
+        handing = SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest))
+        run_part(case, handing, start, stop)
+        ((begin, end, part, part_lse),) = handed
+        assert (begin, end) == (0, stop - start)
+        return part, part_lse
+
+    whole = parts(0, case.total)
+    for start, stop in pairwise((0, 5, 10, 51, case.total)):
+        for got, all_ in zip(parts(start, stop), whole, strict=True):
+            assert torch.equal(got, all_[:, :, start:stop]), (start, stop)
+
+
+@runs
 def test_selected_attention_has_chunks_of_its_own():
     """A workspace too small for all queries of a call that begins past the first token; the least is a chunk of 64."""
     p = problem("selected_attention_fwd", 2)
@@ -119,8 +160,9 @@ def test_selected_attention_has_chunks_of_its_own():
 
 
 @runs
+@pytest.mark.parametrize("loop", ["kv_outer", *QUERY_OUTER])
 @pytest.mark.parametrize("form", ["ragged, odd strides", "batched"])
-def test_the_forward_does_not_depend_on_the_workspace(form, monkeypatch):
+def test_the_forward_does_not_depend_on_the_workspace(form, loop, monkeypatch):
     spec = load("tiny")
     lengths = (70, 70) if form == "batched" else RAGGED
     generator = torch.Generator().manual_seed(3)
@@ -132,14 +174,15 @@ def test_the_forward_does_not_depend_on_the_workspace(form, monkeypatch):
     x = [normal(2 * spec.group, 16), normal(2, 16), normal(2, 16), *(normal(2 * spec.group).sigmoid() for _ in range(3))]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     at = {} if form == "batched" else {"cu_seqlens": cu, "max_seqlen": max(lengths)}
-    o = nsa_gen.nsa_attention(*x, spec=spec, **at)
     planned = []
     plan = forward.chunk_sizes
-    monkeypatch.setattr(forward, "chunk_sizes", lambda *args: planned.append(plan(*args)) or planned[-1])
-    monkeypatch.setenv("NSA_GEN_WORKSPACE", "4K")
-    if form != "batched":
-        x = [torch.nn.functional.pad(value, (0, 3))[..., : value.shape[-1]] for value in x]
-    again = nsa_gen.nsa_attention(*x, spec=spec, **at)
+    with lookup.override(*([] if loop == "kv_outer" else [QUERY_OUTER[loop]])):
+        o = nsa_gen.nsa_attention(*x, spec=spec, **at)
+        monkeypatch.setattr(forward, "chunk_sizes", lambda *args: planned.append(plan(*args)) or planned[-1])
+        monkeypatch.setenv("NSA_GEN_WORKSPACE", "4K")
+        if form != "batched":
+            x = [torch.nn.functional.pad(value, (0, 3))[..., : value.shape[-1]] for value in x]
+        again = nsa_gen.nsa_attention(*x, spec=spec, **at)
     assert planned == [(selection.CHUNK, selection.CHUNK)]
     assert torch.equal(again, o) and not o.isnan().any()
 
@@ -156,12 +199,14 @@ def test_scores_of_a_part_of_a_chunk(monkeypatch):
     assert torch.equal(nsa_gen.nsa_attention(q, k, v, *gates, spec=spec), o)
 
 
+@pytest.mark.parametrize("loop", ["kv_outer", *QUERY_OUTER])
 @pytest.mark.parametrize("bound", ["2G", "256M"])
 @pytest.mark.parametrize(("heads", "group"), [(4, 16), (4, 4), (32, 1)])
-def test_half_a_million_tokens_stay_below_the_bound(heads, group, bound, monkeypatch):
+def test_half_a_million_tokens_stay_below_the_bound(heads, group, bound, loop, monkeypatch):
     """512k tokens through the host code on ``meta`` tensors: what is allocated besides o, k_cmp, v_cmp never passes the bound."""
     bound_bytes = {"2G": 2**31, "256M": 2**28}[bound]
-    peak, chunks = _peak(monkeypatch, 1 << 19, heads, group, bound)
+    with lookup.override(*([] if loop == "kv_outer" else [QUERY_OUTER[loop]])):
+        peak, chunks = _peak(monkeypatch, 1 << 19, heads, group, bound)
     assert peak <= bound_bytes
     if bound == "2G":
         assert chunks <= 100

@@ -20,7 +20,7 @@ FLOORS = (
     ("loader", "precompile"),
     ("kernels",),
     ("branches", "replay"),
-    ("ops", "cache", "module", "verify"),
+    ("register", "ops", "cache", "module", "verify"),
     ("console", "generate", "bench", "tables", "tune", "report", "doctor", "demo"),
     ("cli",),
     ("__main__", "__init__"),
@@ -108,6 +108,13 @@ def test_plain_modules_load_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_operators_load_without_what_only_compiling_needs():
+    """torch._dynamo and sympy take a second or more, which every process with a first call would wait for."""
+    code = "import sys, nsa_gen; nsa_gen.nsa_attention; sys.exit(', '.join(x for x in ('torch._dynamo', 'sympy') if x in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PACKAGE.parent)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if unit(path) != "tune"], ids=lambda path: str(path.relative_to(PACKAGE)))

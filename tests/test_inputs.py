@@ -13,7 +13,8 @@ from nsa_gen.errors import InputError
 
 FIELDS = {
     "dtype": "float16", "group": 3, "head_dim": 32, "head_dim_qk": 32, "head_dim_v": 16, "block": 16, "stride": 8, "pooling": "mlp",
-    "hidden": 16, "selection_block": 32, "count": 4, "initial": 1, "local": 2, "mapping": "overlap", "window": 40, "varlen": True,
+    "hidden": 16, "selection_block": 32, "count": 4, "initial": 1, "local": 2, "parts": 1, "mapping": "overlap", "window": 40,
+    "varlen": True,
 }  # fmt: skip
 SEQLENS = (5, 0, 150, 97)
 
@@ -225,6 +226,13 @@ def test_untrusted_input_is_poisoned():
     for row in range(len(case.tensors["k_cmp"])):
         for name in ("k_cmp", "v_cmp"):
             assert case.tensors[name][row].isnan().all() == (row not in held)
+    for parts in (1, 3):
+        t = make("sliding_merge_fwd", count=6, parts=parts).tensors
+        listed = (inputs.positions(SEQLENS) // 32 + 1).clamp(max=6) - 3
+        nothing = torch.arange(parts)[:, None] >= listed
+        assert t["part"].shape == (2, parts, sum(SEQLENS), 3, 16) and bool(nothing.any()) and not bool(nothing.all())
+        assert torch.equal(t["part_lse"].isnan().all(-1), nothing.expand(2, -1, -1))
+        assert torch.equal(t["part"].isnan().flatten(3).any(-1), nothing.expand(2, -1, -1))
     scores = make("select_topk").tensors["scores"]
     assert torch.equal(scores[:, 0].isnan(), torch.arange(scores.shape[2]) > inputs.positions(SEQLENS)[:, None] // 32)
 

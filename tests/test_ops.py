@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import nsa_gen
-from nsa_gen import InputError, NSAError, ops, reference
+from nsa_gen import InputError, NSAError, lookup, ops, reference
 from nsa_gen.branches import _inputs, selection
+from nsa_gen.config import Config
 from nsa_gen.spec import load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +57,26 @@ def test_whole_forward_is_the_reference(whole):
     x, o = whole
     assert o.shape == (sum(LENGTHS), HQ, D)
     close(o, expected(x))
+
+
+@pytest.mark.parametrize(
+    ("operands", "loads", "count", "initial", "local"),
+    [
+        ("rows", "pointer", 4, 1, 2),
+        ("rows", "descriptor", 5, 1, 2),
+        ("keys", "pointer", 5, 1, 2),
+        ("rows", "pointer", 3, 0, 0),
+        ("keys", "descriptor", 3, 0, 0),
+        ("rows", "descriptor", 3, 1, 2),
+    ],
+)
+def test_query_outer_selected_attention_gives_the_forward(operands, loads, count, initial, local):
+    """One partial result a query at the fused end, where KV-outer has one a block, or none where all blocks are forced."""
+    values = {"loop": "query_outer", "operands": operands, "loads": loads, "num_warps": 1, "num_stages": 2}
+    spec, x = SPEC.replace(selection={"count": count, "initial": initial, "local": local}), packed()
+    with lookup.override(Config.of("selected_attention_fwd", values)):
+        o = nsa_gen.nsa_attention(**x, spec=spec, cu_seqlens=cu_of(), max_seqlen=max(LENGTHS))
+    close(o, expected(x, spec=spec))
 
 
 def test_parts_compose_to_the_whole_and_each_is_the_reference(whole):

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from nsa_gen import kernels, launch, ops, replay
+from nsa_gen import kernels, launch, ops, register, replay
+from nsa_gen.branches import _inputs, forward
 from nsa_gen.launch import TensorDescriptor
 
 INDEX = 0
@@ -17,7 +18,6 @@ INDEX = 0
 @pytest.fixture
 def device(monkeypatch):
     """Tensors on the CPU taken for a GPU's, and launches counted."""
-    monkeypatch.setattr(replay, "_on_gpu", lambda x: True)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: INDEX)
     monkeypatch.setattr(launch, "current_stream", lambda index: 7)
     monkeypatch.setattr(kernels, "_remembered", [])
@@ -240,7 +240,7 @@ def test_operators_are_replayed_and_calls_on_the_cpu_are_not():
     run = replay.replayed(whole)
     assert all(calls(run, *arguments(seed), 0.25)[1] for seed in range(4))
     assert len(kernels._remembered) >= 8  # one a registered operator
-    assert ops.replayed is replay.replayed
+    assert register.replayed is replay.replayed
 
 
 @pytest.mark.gpu
@@ -255,6 +255,5 @@ def test_replays_on_the_gpu_give_the_same_bits(varlen):
         k, v = (torch.randn(tokens, 2, 128, **made) for _ in range(2))
         gates = [torch.rand(tokens, 32, **made) for _ in range(3)]
         o = ops.nsa_attention(q, k, v, *gates, spec=spec, cu_seqlens=cu)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(replay, "_on_gpu", lambda x: False)
-            assert torch.equal(o, ops.nsa_attention(q, k, v, *gates, spec=spec, cu_seqlens=cu))
+        tail = (cu, _inputs.geometry_of(spec).key, 1 if cu is None else 3, tokens, 128**-0.5)
+        assert torch.equal(o, forward.inference(q, [k], [v], *gates, [], [], None, None, *tail))

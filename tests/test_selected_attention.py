@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1")
 RAGGED = (0, 85, 1, 15)
+#: Query-outer by what lies on the tensor core's rows, and how K and V are loaded.
+QUERY_OUTER = tuple(itertools.product(("rows", "keys"), ("pointer", "descriptor")))
+LOOPS = ("kv_outer", *map(" ".join, QUERY_OUTER))
 
 
 def problem(dtype="float32", group=2, qk=16, v=16, block=16, count=4, initial=1, local=2, varlen=True) -> Problem:
@@ -32,12 +36,16 @@ def kv_outer(p: Problem, **changes) -> Config:
     return chosen
 
 
-def query_outer(operands: str) -> Config:
-    return Config.of("selected_attention_fwd", {"loop": "query_outer", "operands": operands, "num_warps": 1, "num_stages": 2})
+def query_outer(p: Problem, operands: str = "rows", loads: str = "pointer") -> Config:
+    values = {"loop": "query_outer", "operands": operands, "loads": loads, "num_warps": 1, "num_stages": 2}
+    chosen = Config.of("selected_attention_fwd", values)
+    space.check(p, chosen)
+    return chosen
 
 
-def loops(p: Problem) -> dict[str, Config]:
-    return {"kv_outer": kv_outer(p), "rows": query_outer("rows"), "keys": query_outer("keys")}
+def built(p: Problem, loop: str) -> Config:
+    """The config of one of LOOPS."""
+    return kv_outer(p) if loop == "kv_outer" else query_outer(p, *loop.split())
 
 
 def held(p: Problem, c: Config, seqlens=RAGGED, heads=1, **how) -> inputs.Case:
@@ -50,41 +58,49 @@ def held(p: Problem, c: Config, seqlens=RAGGED, heads=1, **how) -> inputs.Case:
 
 
 @runs
-@pytest.mark.parametrize("loop", ["kv_outer", "rows", "keys"])
-@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("group", [1, 2, 3, 6, 16])
 def test_groups(group, loop):
     p = problem(group=group)
-    held(p, loops(p)[loop], seqlens=(0, 70, 1))
+    held(p, built(p, loop), seqlens=(0, 70, 1))
 
 
 @runs
-@pytest.mark.parametrize("group", [3, 5, 6])
-def test_ragged_groups(group):
-    p = problem(group=group)
-    held(p, kv_outer(p))
+@pytest.mark.parametrize("loop", LOOPS)
+def test_ragged_lengths(loop):
+    """Blocks that end past their sequence, with other sequences or nothing behind them; a group that tiles do not divide by."""
+    p = problem(group=5)
+    held(p, built(p, loop), heads=2)
 
 
 @runs
-@pytest.mark.parametrize("loop", ["kv_outer", "rows", "keys"])
+@pytest.mark.parametrize("loop", ["kv_outer", "rows pointer", "keys pointer"])
 @pytest.mark.parametrize(("qk", "v"), [(48, 80), (96, 16)])
 def test_head_dims(qk, v, loop):
     p = problem(qk=qk, v=v)
-    held(p, loops(p)[loop], seqlens=(66, 2))
+    held(p, built(p, loop), seqlens=(66, 2))
 
 
 @runs
-@pytest.mark.parametrize("loop", ["kv_outer", "rows", "keys"])
+@pytest.mark.parametrize("operands", ["rows", "keys"])
+def test_head_dims_by_descriptor(operands):
+    p = problem(qk=32, v=64)
+    held(p, query_outer(p, operands, "descriptor"), seqlens=(66, 2))
+
+
+@runs
+@pytest.mark.parametrize("loop", LOOPS)
 def test_half_precision(loop):
     p = problem(dtype="float16", block=32)
-    held(p, loops(p)[loop], seqlens=(130,))
+    held(p, built(p, loop), seqlens=(130,))
 
 
 @runs
 @pytest.mark.parametrize("kind", ["ties", "equal", "huge", "peaky"])
-@pytest.mark.parametrize("loop", ["kv_outer", "rows"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_kinds(kind, loop):
     p = problem()
-    held(p, loops(p)[loop], seqlens=(100,), kind=kind)
+    held(p, built(p, loop), seqlens=(70,), kind=kind)
 
 
 @runs
@@ -98,7 +114,8 @@ def test_forced_blocks(count, initial, local):
 def test_batched_is_varlen_of_equal_lengths():
     p = problem(varlen=False)
     held(p, kv_outer(p), seqlens=(70, 70))
-    held(p, query_outer("rows"), seqlens=(40, 40))
+    for at in QUERY_OUTER:
+        held(p, query_outer(p, *at), seqlens=(40, 40))
 
 
 @runs
@@ -118,16 +135,17 @@ def test_a_small_workspace_gives_the_same_bits():
 
 
 @runs
+@pytest.mark.parametrize("loop", ["kv_outer", "rows pointer", "rows descriptor"])
 @pytest.mark.parametrize("seqlens", [(), (0, 0)])
-def test_no_tokens(seqlens):
+def test_no_tokens(seqlens, loop):
     p = problem()
     case = inputs.case(p, seqlens=seqlens or (0,), heads_kv=1, device=DEVICE)
-    case.run(loader.load(render.render(p, kv_outer(p))))
+    case.run(loader.load(render.render(p, built(p, loop))))
     assert case.outputs["o"].shape[0] == 0
 
 
 @runs
-@pytest.mark.parametrize("loop", ["kv_outer", "rows", "keys"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_any_set_of_blocks_is_attended_as_given(loop):
     """Indices from elsewhere need not hold the forced blocks: dense blocks count where they are listed; no block gives 0 and -inf."""
     p = problem()
@@ -139,41 +157,102 @@ def test_any_set_of_blocks_is_attended_as_given(loop):
             some = [i for i in range(t // 16 + 1) if torch.rand((), generator=generator) < 0.4][: p.count]
             chosen[t, h] = torch.tensor(some + [-1] * (p.count - len(some)), dtype=torch.int32)
     assert bool((chosen == -1).all(-1).any()), "no query without a block"
-    case.run(loader.load(render.render(p, loops(p)[loop])))
+    case.run(loader.load(render.render(p, built(p, loop))))
     check = case.check()
     assert check.ok, check
     none = (chosen == -1).all(-1).repeat_interleave(p.group, 1)
     assert bool((case.outputs["o"][none] == 0).all()) and bool((case.outputs["lse"][none] == -torch.inf).all())
 
 
+def partial(case: inputs.Case, module, merge) -> None:
+    """Run a case with ``rest``: what it is handed goes to ``merge``."""
+    rest = SimpleNamespace(merge=merge)
+    case.run(SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest)))
+
+
+def rows_of(part: torch.Tensor, part_lse: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial results ``[Hkv,R,G,Dv]``, ``[Hkv,R,G]`` of some queries as float64 ``o [S,Hq,Dv]`` and ``lse [S,Hq]``."""
+    o, lse = part[:, queries].transpose(0, 1).flatten(1, 2), part_lse[:, queries].transpose(0, 1).flatten(1)
+    return o.double(), lse.double() * math.log(2)
+
+
 @runs
-@pytest.mark.parametrize("gate_dtype", ["float32", "float16"])
-@pytest.mark.parametrize("loop", ["rows", "keys"])
-def test_gated_sum_of_the_branches(loop, gate_dtype):
-    """What query-outer makes of the rest of the forward."""
-    p = problem(dtype="float16", v=48, group=3)
-    config, seqlens = loops(p)[loop], (40, 3)
-    module = loader.load(render.render(p, config))
-    alone = inputs.case(p, seqlens=seqlens, heads_kv=2, device=DEVICE)
-    alone.run(module)
-    o = alone.outputs["o"]
-    generator = torch.Generator().manual_seed(3)
-    o_cmp, o_swa = (torch.randn(o.shape, generator=generator).to(o) for _ in range(2))
-    gates = [torch.rand(o.shape[1], o.shape[0], generator=generator).to(DEVICE, getattr(torch, gate_dtype)).T for _ in range(3)]
-    gates[1][0, 0] = torch.nan
-    both = inputs.case(p, seqlens=seqlens, heads_kv=2, device=DEVICE)
-    rest = SimpleNamespace(branches=lambda: (o_cmp, o_swa, *gates))
-    both.run(SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest)))
-    g_cmp, g_slc, g_swa = (gate.float()[..., None] for gate in gates)
-    expected = g_cmp * o_cmp.float() + g_slc * o.float() + g_swa * o_swa.float()
-    torch.testing.assert_close(both.outputs["o"].float(), expected, rtol=2e-3, atol=2e-3, equal_nan=True)
-    assert bool(both.outputs["o"][0, 0].isnan().all())
-    assert torch.equal(both.outputs["lse"], alone.outputs["lse"])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(("operands", "loads"), QUERY_OUTER)
+def test_what_lies_past_a_sequence_does_not_leak(operands, loads, listed):
+    """NaN in the next sequence's K and V, and past the last token: a block that ends past its sequence holds them."""
+    p = problem(initial=0, local=0)
+    case = inputs.case(p, seqlens=(5, 37, 20), heads_kv=2, device=DEVICE)
+    exact = case.expected()
+    for name in "kv":
+        case.tensors[name][42:] = torch.nan
+    module, queries = loader.load(render.render(p, query_outer(p, operands, loads))), torch.arange(42, device=DEVICE)
+    found = []
+    if listed:
+        partial(case, module, lambda begin, end, part, part_lse: found.extend(rows_of(part[:, 0], part_lse[:, 0], queries)))
+    else:
+        case.run(module)
+        found = [case.outputs[name][queries].double() for name in ("o", "lse")]
+    for got, name in zip(found, ("o", "lse"), strict=True):
+        torch.testing.assert_close(got, exact[name][queries], rtol=1e-5, atol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize(("count", "initial", "local"), [(5, 1, 2), (4, 0, 1), (4, 2, 0), (3, 0, 0)])
+@pytest.mark.parametrize(("operands", "loads"), QUERY_OUTER)
+def test_one_partial_result_for_the_rest(operands, loads, count, initial, local):
+    """What query-outer hands to the rest of the forward: each query's attention over all its blocks that are not forced."""
+    p = problem(group=3, v=48 if loads == "pointer" else 32, count=count, initial=initial, local=local)
+    case, handed = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE), []
+    partial(case, loader.load(render.render(p, query_outer(p, operands, loads))), lambda *given: handed.append(given))
+    ((begin, end, part, part_lse),) = handed
+    assert (begin, end) == (0, case.total)
+    assert part.shape == (2, 1, case.total, 3, p.head_dim_v) and part_lse.shape == part.shape[:4]
+    assert part.dtype == case.dtype and part_lse.dtype == torch.float32 and part.is_contiguous() and part_lse.is_contiguous()
+    blocks = (inputs.positions(case.seqlens, DEVICE) // p.selection_block + 1).clamp(max=count)
+    queries = (blocks > initial + local).nonzero().flatten()  # nothing is asked of the others' rows
+    assert len(queries) > 0 and (len(queries) < case.total) == (initial + local > 0)
+    t, place = case.tensors, torch.arange(count, device=DEVICE)
+    forced = (place < initial) | (place >= (blocks - local)[:, None])
+    chosen = t["block_indices"].masked_fill(forced[:, None], -1)
+    exact = reference.selected_attention(
+        *(t[name].double() for name in "qkv"), chosen, p.selection_block, t["scale"], case.cu_seqlens, queries
+    )
+    for got, want in zip(rows_of(part[:, 0], part_lse[:, 0], queries), exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert all(bool(x.isnan().all()) for x in case.outputs.values())  # left to the rest
+
+
+@runs
+@pytest.mark.parametrize(("operands", "loads"), QUERY_OUTER)
+def test_nothing_but_forced_blocks_launches_nothing(operands, loads, monkeypatch):
+    p = problem(count=3, initial=1, local=2)
+    case, handed, grids = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE), [], []
+    module = loader.load(render.render(p, query_outer(p, operands, loads)))
+    monkeypatch.setattr(module, "_attend", lambda grid, *arguments, **constants: grids.append(math.prod(grid)))
+    partial(case, module, lambda *given: handed.append(given))
+    ((begin, end, part, part_lse),) = handed
+    assert (begin, end) == (0, case.total) and part.shape == (2, 0, case.total, 2, 16) and part_lse.shape == part.shape[:4]
+    assert not any(grids)
+    assert all(bool(x.isnan().all()) for x in case.outputs.values())
+    assert module.workspace(2, 4, case.total, 4, True)[:2] == (0, 0)
+
+
+@runs
+@pytest.mark.parametrize("loads", ["pointer", "descriptor"])
+def test_a_partial_result_takes_what_the_workspace_says(loads):
+    p = problem(group=3)
+    case, handed = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE), []
+    module = loader.load(render.render(p, query_outer(p, loads=loads)))
+    partial(case, module, lambda begin, end, *parts: handed.append(sum(x.numel() * x.element_size() for x in parts)))
+    fixed, each, most = module.workspace(2, 4, case.total, 4, True)
+    assert handed == [case.total * each] and fixed == 0 and most >= case.total
+    assert module.workspace(2, 4, case.total, 4)[:2] == (0, 0)
 
 
 @runs
 @pytest.mark.parametrize(("count", "initial", "local"), [(5, 1, 2), (4, 0, 1), (3, 1, 2)])
-def test_partial_results_for_the_rest(count, initial, local):
+def test_a_partial_result_a_block_for_the_rest(count, initial, local):
     """What KV-outer hands to the rest of the forward, in chunks: each query's attention over each block that is not forced."""
     p = problem(group=3, v=48, count=count, initial=initial, local=local)
     case = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE, workspace_bytes=1)
@@ -189,41 +268,68 @@ def test_partial_results_for_the_rest(count, initial, local):
             o, lse = reference.selected_attention(
                 *(t[name].double() for name in "qkv"), chosen, p.selection_block, t["scale"], case.cu_seqlens, queries
             )
-            got = part[:, slot, queries - begin].permute(1, 0, 2, 3).flatten(1, 2), part_lse[:, slot, queries - begin].permute(1, 0, 2)
-            torch.testing.assert_close(got[0].double(), o, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(got[1].flatten(1).double() * math.log(2), lse, rtol=1e-5, atol=1e-5)
+            got = rows_of(part[:, slot], part_lse[:, slot], queries - begin)
+            torch.testing.assert_close(got[0], o, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got[1], lse, rtol=1e-5, atol=1e-5)
             filled.append(len(queries))
         chunks.append((begin, end))
 
     chunks: list[tuple[int, int]] = []
-    rest = SimpleNamespace(merge=merge)
-    case.run(SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest)))
+    partial(case, module, merge)
     assert chunks == [(0, 64), (64, 101)]
     assert (sum(filled) > 0) == (count > initial + local)
     assert bool(case.outputs["o"].isnan().all())  # left to the rest
 
 
-def test_the_space_refuses_what_miscompiles_or_cannot_fit():
-    p = problem(block=64)
-    with pytest.raises(ConfigError, match="illegally"):
-        space.check(p, query_outer("keys").replace(num_stages=1))
-    with pytest.raises(ConfigError, match="warps"):
-        space.check(problem(block=16), query_outer("keys").replace(num_warps=2))
-    assert space.safe(p).loop == "query_outer"
+@pytest.mark.parametrize(
+    ("dims", "changes", "why"),
+    [
+        ({"block": 64}, {"operands": "keys", "num_stages": 1}, "illegally"),
+        ({"block": 16}, {"operands": "keys", "num_warps": 2}, "leave warps without rows"),
+        ({}, {"loads": "descriptor", "num_stages": 1}, "descriptor loads without a pipeline"),
+        ({"qk": 48}, {"loads": "descriptor"}, "head dims are 48 and 16"),
+        ({"v": 80}, {"loads": "descriptor"}, "head dims are 16 and 80"),
+        ({}, {"loads": "block"}, "knob loads"),
+    ],
+)
+def test_the_space_refuses_what_miscompiles_or_cannot_be_built(dims, changes, why):
+    p = problem(**dims)
+    with pytest.raises(ConfigError, match=why):
+        space.check(p, query_outer(p).replace(**changes))
+
+
+def test_loads_are_a_choice_of_query_outer_alone():
+    p = problem()
+    assert space.safe(p).loop == "query_outer" and space.safe(p).loads == "pointer"
+    assert "loads" not in space.default(p, "sm_90").as_dict()
+    with pytest.raises(ConfigError, match="unknown knob 'loads'"):
+        space.check(p, kv_outer(p).replace(loads="descriptor"))
+    with pytest.raises(ConfigError, match="missing knob 'loads'"):
+        space.check(p, Config.of(p.kernel, {"loop": "query_outer", "operands": "rows", "num_warps": 1, "num_stages": 2}))
+
+
+BY_DESCRIPTOR = ("sm_90", "sm_100", "sm_120")  # what has hardware for it
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_compiles(arch, compiled_python):
     code = f"""
 import json
+from types import SimpleNamespace
 from nsa_gen import device, inputs, loader, render, space
 from nsa_gen.config import problem
 from nsa_gen.spec import load
 p, there = problem("selected_attention_fwd", load("gqa16-d128")), device.from_name({arch!r})
 found = []
-for config in (space.default(p, {arch!r}), space.safe(p)):
+configs = [space.default(p, {arch!r}), space.safe(p)]
+if {arch!r} in {BY_DESCRIPTOR!r}:
+    configs += [space.safe(p).replace(loads="descriptor", operands=operands, num_stages=2) for operands in ("rows", "keys")]
+for config in configs:
     case, module = inputs.case(p, seqlens=(4096,), heads_kv=4, device="meta"), loader.load(render.render(p, config))
-    found += [[r.name, r.shared, r.spills] for r in loader.compile_all(lambda: case.run(module), there.triton_target())]
+    rest = SimpleNamespace(merge=lambda *given: None)
+    handing = SimpleNamespace(selected_attention_fwd=lambda *given: module.selected_attention_fwd(*given, rest))
+    for made in (module, handing):
+        found += [[r.name, r.shared, r.spills] for r in loader.compile_all(lambda: case.run(made), there.triton_target())]
 print(json.dumps([there.shared_bytes, found]))
 """
     limit, found = json.loads(compiled_python(code).splitlines()[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -17,9 +18,13 @@ runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), rea
 RAGGED = (0, 37, 1, 150, 0, 16)
 
 
-def problem(dtype="float32", group=2, qk=16, v=16, window=20, varlen=True, block=16, count=5, initial=1, local=2) -> Problem:
+def problem(
+    dtype="float32", group=2, qk=16, v=16, window=20, varlen=True, block=16, count=5, initial=1, local=2, parts=None
+) -> Problem:  # fmt: skip
+    """``parts``: partial results of a query, by default one for each block that is neither initial nor local."""
+    parts = count - initial - local if parts is None else parts
     key = {"dtype": dtype, "group": group, "head_dim_qk": qk, "head_dim_v": v, "selection_block": block, "count": count}
-    return Problem.of("sliding_merge_fwd", key | {"initial": initial, "local": local, "window": window, "varlen": varlen})
+    return Problem.of("sliding_merge_fwd", key | {"initial": initial, "local": local, "parts": parts, "window": window, "varlen": varlen})
 
 
 def config(p: Problem, **changes) -> Config:
@@ -38,25 +43,30 @@ def held(p: Problem, c: Config, seqlens=RAGGED, kind="random", heads=2) -> input
 
 
 @runs
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 16])
-def test_groups(group):
-    p = problem(group=group)
+def test_groups(group, parts):
+    p = problem(group=group, parts=parts)
     held(p, config(p))
 
 
 @runs
-@pytest.mark.parametrize(("qk", "v"), [(80, 48), (48, 16), (16, 112)])
-def test_head_dims(qk, v):
-    p = problem(qk=qk, v=v, group=3)
+@pytest.mark.parametrize(("qk", "v", "parts"), [(80, 48, 2), (48, 16, 2), (16, 112, 2), (16, 112, 1)])
+def test_head_dims(qk, v, parts):
+    p = problem(qk=qk, v=v, group=3, parts=parts)
     held(p, config(p), seqlens=(97, 2), heads=1)
 
 
 @runs
-@pytest.mark.parametrize(("count", "initial", "local"), [(3, 1, 2), (4, 0, 2), (4, 2, 0), (4, 0, 0), (6, 3, 2), (1, 0, 1)])
-def test_forced_blocks(count, initial, local):
-    """Nothing but forced blocks, none of one kind, none at all, several initial ones."""
-    p = problem(count=count, initial=initial, local=local)
-    held(p, config(p))
+@pytest.mark.parametrize("merge", ["unrolled", "pipelined"])
+@pytest.mark.parametrize(
+    ("count", "initial", "local", "parts"),
+    [(3, 1, 2, 0), (4, 0, 2, 2), (4, 0, 2, 1), (4, 2, 0, 2), (4, 2, 0, 1), (4, 0, 0, 4), (4, 0, 0, 1), (6, 3, 2, 1), (1, 0, 1, 0)],
+)
+def test_forced_blocks(count, initial, local, parts, merge):
+    """Nothing but forced blocks (no partial results), none of one kind, none at all, several initial ones."""
+    p = problem(count=count, initial=initial, local=local, parts=parts)
+    held(p, config(p, merge=merge))
 
 
 @runs
@@ -120,17 +130,20 @@ def test_in_place_strided_and_gates_in_float32():
 
 
 @runs
-def test_is_the_sum_of_the_branches():
-    """With partial results that are those of the blocks, it is what the branches' own references give."""
-    p = problem(dtype="float32", group=2)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_is_the_sum_of_the_branches(parts):
+    """With partial results that are those of the blocks, each alone or all at once, it is what the branches' own references give."""
+    p = problem(parts=parts)
     case = inputs.case(p, seqlens=(150,), heads_kv=1, device=DEVICE)
-    t, block = case.tensors, p.selection_block
+    t, block, tokens = case.tensors, p.selection_block, torch.arange(150, device=DEVICE)
     scores = torch.rand(150, 1, 10, device=DEVICE)
-    chosen = reference.select_at(scores, torch.arange(150, device=DEVICE), block, p.count, p.initial, p.local)
-    for slot in range(p.count - p.initial - p.local):
-        alone = chosen[..., p.initial + slot : p.initial + slot + 1]
-        o, lse = reference.selected_attention(t["q"], t["k_slc"], t["v_slc"], alone, block)
-        t["part"][0, slot], t["part_lse"][0, slot] = o, lse / torch.log(torch.tensor(2.0))
+    chosen = reference.select_at(scores, tokens, block, p.count, p.initial, p.local)
+    filled = (tokens // block + 1).clamp(max=p.count) - p.local  # where a query's local blocks begin
+    for i in range(parts):
+        place, has = torch.arange(p.count, device=DEVICE), filled > p.initial + i
+        mine = (place >= p.initial) & (place < filled[:, None]) if parts == 1 else place == p.initial + i
+        o, lse = reference.selected_attention(t["q"], t["k_slc"], t["v_slc"], chosen.where(mine[..., None, :], -1), block)
+        t["part"][0, i, has], t["part_lse"][0, i, has] = o[has], lse[has] / math.log(2)
     case.run(loader.load(render.render(p, config(p))))
     o_slc, _ = reference.selected_attention(*(t[n].double() for n in ("q", "k_slc", "v_slc")), chosen, block)
     o_swa, _ = reference.sliding_attention(*(t[n].double() for n in ("q", "k_swa", "v_swa")), p.window)
@@ -147,13 +160,13 @@ from nsa_gen.config import Problem
 
 found = {}
 for arch in device.arches():
-    for dims in ((128, 128), (192, 128), (256, 256)):
+    for *dims, parts in ((128, 128, 13), (128, 128, 1), (192, 128, 13), (256, 256, 13)):
         key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": dims[0], "head_dim_v": dims[1], "selection_block": 64, "count": 16}
-        p = Problem.of("sliding_merge_fwd", key | {"initial": 1, "local": 2, "window": 512, "varlen": True})
+        p = Problem.of("sliding_merge_fwd", key | {"initial": 1, "local": 2, "parts": parts, "window": 512, "varlen": True})
         case = inputs.case(p, seqlens=(1000, 24), heads_kv=4, device="meta")
         module = loader.load(render.render(p, space.default(p, arch)))
         (resources,) = loader.compile_all(lambda: case.run(module), device.from_name(arch).triton_target())
-        found[f"{arch} {dims}"] = [resources.shared, device.from_name(arch).shared_bytes, resources.spills]
+        found[f"{arch} {dims} {parts}"] = [resources.shared, device.from_name(arch).shared_bytes, resources.spills]
 print(json.dumps(found))
 """
 
@@ -163,4 +176,4 @@ def test_compiles(compiled_python):
     """The default config fits every arch, and spills little at head dim 128."""
     for name, (shared, room, spills) in json.loads(compiled_python(COMPILE)).items():
         assert shared <= room, name
-        assert "(128, 128)" not in name or (spills or 0) <= 256, (name, spills)
+        assert "[128, 128]" not in name or (spills or 0) <= 256, (name, spills)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import paths
 from ..config import Shape
+from ..launch import Launcher
 from . import combine, compression, selection, sliding
 from ._inputs import check_values, geometry, is_ready, kernel, module, ready
 
@@ -83,14 +84,14 @@ def finish(
         lse: scratch, ``[R,Hq]`` fp32.
         sequences: ``cu_seqlens``, batch, longest sequence.
     """
-    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, lse, scale, start, sequences)
+    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, scale, start, sequences)
     run = kernel("selected_attention_fwd", *at)
     run(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, workspace_bytes, start, *sequences, rest)
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """What the gated sum of some queries needs besides their selected branch, which asks for it in the form its loop order can use."""
+    """What the gated sum of some queries needs besides the partial results of their selected branch."""
 
     at: _At
     q: Tensor
@@ -100,7 +101,6 @@ class _Rest:
     v_swa: Tensor
     o_cmp: Tensor
     gates: list[Tensor]
-    lse: Tensor
     scale: float
     start: int
     sequences: tuple[Tensor | None, int, int]
@@ -154,9 +154,13 @@ def training(
 
 def _attended(k: list[Tensor], v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K of the selected and the sliding branch, then V of both, as kernels read them."""
-    pairs = (tuple(map(ready, x[1:])) if len(x) == 3 else (ready(x[0]),) * 2 for x in (k, v))
+    pairs = (tuple(map(_in_rows, x[1:])) if len(x) == 3 else (_in_rows(x[0]),) * 2 for x in (k, v))
     (k_slc, k_swa), (v_slc, v_swa) = pairs
     return k_slc, k_swa, v_slc, v_swa
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return Launcher.in_rows(ready(x))  # here once, as kernels that load by descriptor would copy for each chunk
 
 
 def _compressed(

@@ -1,7 +1,7 @@
 """sliding_merge_fwd, rendered by nsa-gen from templates/sliding_merge_fwd.py.jinja. Do not edit: change the template.
 
-problem d5375df8026e: dtype=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 selection_block=64 count=16 initial=1 local=2 window=512
-    varlen=False
+problem 11f340a65520: dtype=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 selection_block=64 count=16 initial=1 local=2 parts=13
+    window=512 varlen=False
 config  d5a4615f30ea: BLOCK_M=64 BLOCK_N=64 dense_stages=2 loads=pointer mask=edges maxnreg=None merge=pipelined num_stages=3 num_warps=4
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
@@ -280,8 +280,8 @@ def sliding_merge_fwd_kernel(
     v_slc_ptr,  # [T, Hkv, D_V]
     k_swa_ptr,  # [T, Hkv, D_QK]
     v_swa_ptr,  # [T, Hkv, D_V]
-    part_ptr,  # [Hkv, SLOTS, chunk, G, D_V]: normalised partial outputs of the blocks that are neither initial nor local
-    part_lse_ptr,  # [Hkv, SLOTS, chunk, G] fp32: log2 domain
+    part_ptr,  # [Hkv, PARTS, chunk, G, D_V]: normalised partial outputs of the blocks that are neither initial nor local
+    part_lse_ptr,  # [Hkv, PARTS, chunk, G] fp32: log2 domain
     o_cmp_ptr,  # [last - first, Hq, D_V], contiguous
     g_cmp_ptr,  # [last - first, Hq], activations' dtype or fp32, any strides
     g_slc_ptr,
@@ -326,8 +326,8 @@ def sliding_merge_fwd_kernel(
     COUNT: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SLOTS_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
@@ -383,9 +383,9 @@ def sliding_merge_fwd_kernel(
     # Weights of selected attention's parts, from the row's own maximum: safe at any logit.
     top = dense_lse
     # A query's blocks ascend: initial, those with partial results, local.
-    filled = tl.minimum(t // BLOCK + 1, COUNT) - (INITIAL + LOCAL)
-    place = head.to(tl.int64) * SLOTS * chunk * G + query * G + row % G
-    slot = tl.arange(0, SLOTS_PAD)[None, :]
+    filled = tl.minimum(tl.minimum(t // BLOCK + 1, COUNT) - (INITIAL + LOCAL), PARTS)
+    place = head.to(tl.int64) * PARTS * chunk * G + query * G + row % G
+    slot = tl.arange(0, PARTS_PAD)[None, :]
     exists = inside & (slot < filled[:, None])
     part_lse = tl.load(part_lse_ptr + place[:, None] + slot.to(tl.int64) * chunk * G, mask=exists, other=-float("inf"))
     top = tl.maximum(top, tl.max(part_lse, 1))
@@ -405,7 +405,7 @@ def sliding_merge_fwd_kernel(
     top = tl.gather(top, all_rows, 0)
     inverse = tl.gather(inverse, all_rows, 0)
     out = tl.load(o_ptr + out_rows + dv, mask=inside, other=0.0).to(tl.float32)
-    for s in tl.range(0, SLOTS, num_stages=3):
+    for s in tl.range(0, PARTS, num_stages=3):
         slot_place = place + s * (chunk * G).to(tl.int64)
         used = written & (s < filled)
         weight = tl.exp2(tl.load(part_lse_ptr + slot_place, mask=used, other=-float("inf")) - top) * inverse
@@ -437,8 +437,8 @@ _finish = Launcher(
         "COUNT": 16,
         "INITIAL": 1,
         "LOCAL": 2,
-        "SLOTS": 13,
-        "SLOTS_PAD": 16,
+        "PARTS": 13,
+        "PARTS_PAD": 16,
         "BLOCK_M": _BLOCK_M,
         "BLOCK_N": _BLOCK_N,
         "BLOCK_EDGE": min(max(16, triton.next_power_of_2(_EDGE_KEYS)), _BLOCK_N),
@@ -457,9 +457,9 @@ def sliding_merge_fwd(
     Args:
         q: [R, Hq, D_QK], last dim contiguous, strides multiples of 8 elements: the queries [token_start, token_start + R).
         k_slc, k_swa, v_slc, v_swa: [T, Hkv, D_QK] and [T, Hkv, D_V], the same.
-        part: [Hkv, SLOTS, C, G, D_V] contiguous, C >= R: normalised attention of each query over its i-th block that is neither initial nor
-            local; what it has no block for is never read.
-        part_lse: [Hkv, SLOTS, C, G] fp32: log2 of the softmax denominators, scores in the exp2 domain.
+        part: [Hkv, 13, C, G, D_V] contiguous, C >= R: normalised attention of each query over its blocks that are neither initial
+            nor local, each for itself or all in one; what it has no block for is never read.
+        part_lse: [Hkv, 13, C, G] fp32: log2 of the softmax denominators, scores in the exp2 domain.
         o_cmp: [R, Hq, D_V] contiguous.
         g_cmp, g_slc, g_swa: [R, Hq].
         o: [R, Hq, D_V] contiguous, written; may be o_cmp.

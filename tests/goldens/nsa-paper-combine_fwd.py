@@ -13,6 +13,18 @@ from nsa_gen.launch import Launcher
 
 
 @triton.jit
+def gate(pointer, query, head, stride_token, stride_head, mask):
+    """One branch's gate of some rows, in fp32."""
+    return tl.load(pointer + query.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
+
+
+def gate_arguments(gates):
+    """Strides of the gates, and a constant above 0 that tells binaries apart by the gates' dtypes."""
+    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
+    return [stride for gate in gates for stride in gate.stride()], 8 + fp32
+
+
+@triton.jit
 def combine_fwd_kernel(
     cmp_ptr,  # [T, Hq, D_V]
     slc_ptr,  # [T, Hq, D_V]
@@ -36,8 +48,8 @@ def combine_fwd_kernel(
     g_swa_stride_t: tl.int64,
     g_swa_stride_h: tl.int64,
     D_V: tl.constexpr,
-    FP32_GATES: tl.constexpr,  # bit i: gate i is fp32. Not read: it tells binaries of different gate dtypes apart
     BLOCK_ROWS: tl.constexpr,
+    GATES: tl.constexpr,
 ):
     row_first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     # one 64-bit division a program; inside it 32 bits suffice
@@ -48,9 +60,9 @@ def combine_fwd_kernel(
     t = token_first + flat // heads
     h = flat % heads
 
-    g_cmp = tl.load(g_cmp_ptr + t * g_cmp_stride_t + h * g_cmp_stride_h, mask=inside, other=0.0).to(tl.float32)
-    g_slc = tl.load(g_slc_ptr + t * g_slc_stride_t + h * g_slc_stride_h, mask=inside, other=0.0).to(tl.float32)
-    g_swa = tl.load(g_swa_ptr + t * g_swa_stride_t + h * g_swa_stride_h, mask=inside, other=0.0).to(tl.float32)
+    g_cmp = gate(g_cmp_ptr, t, h, g_cmp_stride_t, g_cmp_stride_h, inside)
+    g_slc = gate(g_slc_ptr, t, h, g_slc_stride_t, g_slc_stride_h, inside)
+    g_swa = gate(g_swa_ptr, t, h, g_swa_stride_t, g_swa_stride_h, inside)
     cmp_rows = cmp_ptr + (t * tl.multiple_of(stride_cmp_t, 8) + h * tl.multiple_of(stride_cmp_h, 8))[:, None]
     slc_rows = slc_ptr + (t * tl.multiple_of(stride_slc_t, 8) + h * tl.multiple_of(stride_slc_h, 8))[:, None]
     swa_rows = swa_ptr + (t * tl.multiple_of(stride_swa_t, 8) + h * tl.multiple_of(stride_swa_h, 8))[:, None]
@@ -82,8 +94,7 @@ def combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, o):
         o: [T, Hq, D_V] contiguous, written.
     """
     rows, heads = o.shape[0] * o.shape[1], o.shape[1]
-    gates = (g_cmp, g_slc, g_swa)
-    fp32_gates = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
-    strides = (stride for x in (o_cmp, o_slc, o_swa, *gates) for stride in x.stride()[:2])
+    strides = (stride for x in (o_cmp, o_slc, o_swa) for stride in x.stride()[:2])
+    gate_strides, code = gate_arguments((g_cmp, g_slc, g_swa))
     grid = (-(-rows // BLOCK_ROWS),)
-    _combine(grid, o_cmp, o_slc, o_swa, *gates, o, rows, heads, *strides, FP32_GATES=fp32_gates)
+    _combine(grid, o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, o, rows, heads, *strides, *gate_strides, GATES=code)

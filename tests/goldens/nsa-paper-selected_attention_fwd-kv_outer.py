@@ -184,6 +184,20 @@ def scatter_kernel(
 
 
 @triton.jit
+def find_bin(bin_, cu_seqlens, batch, seqlen, BLOCK: tl.constexpr):
+    """The sequence whose blocks include a bin."""
+    low = 0
+    high = batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sequence_start(cu_seqlens, middle, seqlen) // BLOCK + middle <= bin_:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
 def gather_kernel(
     q_ptr,  # [last - first, Hq, D_QK]
     k_ptr,  # [T, Hkv, D_QK]
@@ -276,20 +290,6 @@ def gather_kernel(
         tl.store(part_head + place[:, None] * D_V + dv, out.to(part_ptr.dtype.element_ty), mask=valid[:, None], cache_modifier=".cs")
         tl.store(part_lse_head + place, top + tl.log2(total), mask=valid)
         entry = next_entry
-
-
-@triton.jit
-def find_bin(bin_, cu_seqlens, batch, seqlen, BLOCK: tl.constexpr):
-    """The sequence whose blocks include a bin."""
-    low = 0
-    high = batch - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sequence_start(cu_seqlens, middle, seqlen) // BLOCK + middle <= bin_:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 @triton.jit

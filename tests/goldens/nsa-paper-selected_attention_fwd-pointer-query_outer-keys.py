@@ -1,7 +1,7 @@
 """selected_attention_fwd, rendered by nsa-gen from templates/selected_attention_fwd.py.jinja. Do not edit: change the template.
 
 problem e49ae9e4641a: dtype=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 initial=1 local=2 varlen=True
-config  5d7d4e7103d6: loop=query_outer num_stages=1 num_warps=4 operands=rows
+config  131436d74741: loads=pointer loop=query_outer num_stages=2 num_warps=1 operands=keys
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -53,40 +53,13 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
 
 
 @triton.jit
-def gate(pointer, query, head, stride_token, stride_head, mask):
-    """One branch's gate of some rows, in fp32."""
-    return tl.load(pointer + query.to(tl.int64) * stride_token + head * stride_head, mask=mask, other=0.0).to(tl.float32)
-
-
-def gate_arguments(gates):
-    """Strides of the gates, and a constant above 0 that tells binaries apart by the gates' dtypes."""
-    fp32 = sum((gate.dtype == torch.float32) << i for i, gate in enumerate(gates))
-    return [stride for gate in gates for stride in gate.stride()], 8 + fp32
-
-
-@triton.jit
-def write(o_ptr, o_cmp_ptr, o_swa_ptr, offset, value, g_cmp, g_slc, g_swa, mask, GATED: tl.constexpr):
-    """Store the branch's output, or (GATED) its gated sum with the other two branches (paper eq. 5) in its place."""
-    if GATED:
-        o_cmp = tl.load(o_cmp_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        o_swa = tl.load(o_swa_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        value = g_cmp * o_cmp + g_slc * value + g_swa * o_swa
-    tl.store(o_ptr + offset, value.to(o_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def selected_attention_fwd_kernel(
     q_ptr,  # [R, Hq, D_QK]
-    k_ptr,  # [T, Hkv, D_QK]
-    v_ptr,  # [T, Hkv, D_V]
+    k_ptr,  # [T, Hkv, D_QK], or its descriptor
+    v_ptr,  # [T, Hkv, D_V], or its descriptor
     index_ptr,  # [R, Hkv, COUNT] int32, ascending, -1 last
-    o_ptr,  # [R, Hq, D_V], contiguous
-    lse_ptr,  # [R, Hq] fp32, contiguous
-    o_cmp_ptr,  # [R, Hq, D_V], contiguous; None unless GATED, as what follows
-    o_swa_ptr,  # [R, Hq, D_V], contiguous
-    g_cmp_ptr,  # [R, Hq], activations' dtype or fp32, any strides
-    g_slc_ptr,
-    g_swa_ptr,
+    o_ptr,  # [R, Hq, D_V], contiguous; LISTED: [Hkv, 1, R, G, D_V]
+    lse_ptr,  # [R, Hq] fp32, contiguous, natural log; LISTED: [Hkv, 1, R, G], log2 domain
     cu_seqlens,  # [B + 1] int32, or None
     scale: tl.float32,
     first: tl.int32,
@@ -100,12 +73,6 @@ def selected_attention_fwd_kernel(
     stride_kh: tl.int64,
     stride_vt: tl.int64,
     stride_vh: tl.int64,
-    g_cmp_stride_t: tl.int64,
-    g_cmp_stride_h: tl.int64,
-    g_slc_stride_t: tl.int64,
-    g_slc_stride_h: tl.int64,
-    g_swa_stride_t: tl.int64,
-    g_swa_stride_h: tl.int64,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     D_QK: tl.constexpr,
@@ -117,8 +84,11 @@ def selected_attention_fwd_kernel(
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
-    GATED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
+    """Attention to all blocks of a query, or (LISTED) to those that are neither initial nor local, whose places in its row are known."""
     head = tl.program_id(1)
     query = queries - 1 - tl.program_id(0)  # late queries have the most blocks: they go first
     token = first + query
@@ -140,49 +110,52 @@ def selected_attention_fwd_kernel(
     qk_scale = scale * 1.4426950408889634  # exp2 domain
     top = tl.full([G_PAD], -float("inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
-    acc = tl.zeros([G_PAD, DV], tl.float32)
+    acc = tl.zeros([DV, G_PAD], tl.float32)
     # All indices at once: a load of one inside the loop would keep K and V loads from being pipelined.
     slots = tl.arange(0, SLOTS)
     indices = tl.load(index_ptr + (query.to(tl.int64) * heads + head) * COUNT + slots, mask=slots < COUNT, other=-1)
-    for slot in range(COUNT):
+    first_slot = 0
+    last_slot = COUNT
+    if LISTED:
+        first_slot = INITIAL
+        last_slot = tl.minimum(position // BLOCK + 1, COUNT) - LOCAL
+    # Listed blocks lie before the query's own block when there are local blocks: whole and visible, no masks.
+    WHOLE: tl.constexpr = LISTED and LOCAL > 0
+    for slot in range(first_slot, last_slot):
         block = tl.sum(tl.where(slots == slot, indices, 0), 0)
         seen = (block >= 0) & (block * BLOCK <= position)
-        key = tl.where(seen, block, 0) * BLOCK + column
-        inside = (key < length)[:, None]
+        key0 = tl.where(seen, block, 0) * BLOCK
+        key = key0 + column
+        inside = (key < length)[:, None] | WHOLE
         k_rows = k_head + key[:, None] * stride_kt
         v_rows = v_head + key[:, None] * stride_vt
         k = tl.load(k_rows + dq, mask=inside, other=0.0)  # [BLOCK, DQ]
         v = tl.load(v_rows + dv, mask=inside, other=0.0)  # [BLOCK, DV]
-        visible = (key <= position) & seen
+        visible = ((key <= position) & seen) | WHOLE
         k_tail = tl.load(k_rows + dq_tail, mask=inside & (dq_tail < D_QK), other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [G_PAD, BLOCK]
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
-        scores = tl.where(visible[None, :], scores * qk_scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK, G_PAD]: keys fill the tensor core's rows
+        scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision="ieee")
+        scores = tl.where(visible[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0) * qk_scale)
         safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)
-        prob = tl.exp2(scores - safe_top[:, None])
+        prob = tl.exp2(scores * qk_scale - safe_top[None, :])
         rescale = tl.exp2(top - safe_top)
-        total = total * rescale + tl.sum(prob, 1)
-        acc = tl.dot(prob.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        total = total * rescale + tl.sum(prob, 0)
+        acc = tl.dot(tl.trans(v), prob.to(v.dtype), acc * rescale[None, :], input_precision="ieee")
         top = new_top
 
-    row = query.to(tl.int64) * (heads * G) + head * G + member
+    if LISTED:
+        row = (head.to(tl.int64) * queries + query) * G + member
+        lse = top + tl.log2(total)
+    else:
+        row = query.to(tl.int64) * (heads * G) + head * G + member
+        lse = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf"))
     written = member < G
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
-    g_cmp = 0.0
-    g_slc = 1.0
-    g_swa = 0.0
-    if GATED:
-        g_cmp = gate(g_cmp_ptr, query, head * G + member, g_cmp_stride_t, g_cmp_stride_h, written)
-        g_slc = gate(g_slc_ptr, query, head * G + member, g_slc_stride_t, g_slc_stride_h, written)
-        g_swa = gate(g_swa_ptr, query, head * G + member, g_swa_stride_t, g_swa_stride_h, written)
-    value = acc * inverse[:, None]
-    if GATED:
-        g_cmp = g_cmp[:, None]
-        g_slc = g_slc[:, None]
-        g_swa = g_swa[:, None]
-    write(o_ptr, o_cmp_ptr, o_swa_ptr, row[:, None] * D_V + dv, value, g_cmp, g_slc, g_swa, written[:, None], GATED)
-    tl.store(lse_ptr + row, tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf")), mask=written)
+    o_rows = o_ptr + row[:, None] * D_V
+    out = tl.trans(acc * inverse[None, :])
+    tl.store(o_rows + dv, out.to(o_ptr.dtype.element_ty), mask=written[:, None])
+    tl.store(lse_ptr + row, lse, mask=written)
 
 
 _attend = Launcher(
@@ -199,36 +172,49 @@ _attend = Launcher(
         "BLOCK": 64,
         "COUNT": 16,
         "SLOTS": 16,
+        "INITIAL": 1,
+        "LOCAL": 2,
     },
-    num_warps=4,
-    num_stages=1,
+    num_warps=1,
+    num_stages=2,
 )
+
+
+_PARTS = 1  # partial results of a query, with rest
 
 
 def workspace(heads, element_size, tokens, batch, rest=False):
     """Scratch of a call: bytes whatever the number of queries, bytes a query of a chunk, most queries of a chunk.
 
-    Nothing without ``rest``; with it, what ``rest.branches()`` allocates: one branch's output.
+    Args:
+        heads: KV heads.
+        element_size: bytes of an element of o.
+        tokens: packed tokens of k and v.
+        batch: sequences.
+        rest: whether the call is given one: then there is one partial result a query, else nothing.
     """
-    return 0, heads * 2048 * element_size if rest else 0, 2**31 - 1
+    return 0, heads * _PARTS * 16 * (128 * element_size + 4) if rest else 0, 2**31 - 1
 
 
 def selected_attention_fwd(
     q, k, v, block_indices, o, lse, scale, workspace_bytes, token_start, cu_seqlens, batch, max_seqlen, rest=None
 ):
-    """Attention of the queries [token_start, token_start + R) over their chosen blocks. Needs no workspace.
+    """Attention of the queries [token_start, token_start + R) over their chosen blocks. Needs no workspace without ``rest``.
 
     q [R,Hq,Dqk], k [T,Hkv,Dqk], v [T,Hkv,Dv], block_indices int32 [R,Hkv,n] contiguous → o [R,Hq,Dv], lse [R,Hq] (contiguous).
-    With ``rest``, o is instead the gated sum of this branch and the others: ``rest.branches()`` gives o_cmp, o_swa [R,Hq,Dv] contiguous
-    (o may be o_cmp) and g_cmp, g_slc, g_swa [R,Hq].
+
+    With ``rest``, block_indices must be as ``select_topk`` makes them. Then this writes neither o nor lse: ``rest.merge(0, R, part,
+    part_lse)`` gets one partial result a query, over all its blocks that are neither initial nor local (see ``sliding_merge_fwd``).
     """
-    others, gate_strides, code = (None,) * 5, (0,) * 6, 0
-    if rest is not None:
-        others = rest.branches()
-        gate_strides, code = gate_arguments(others[2:])
     queries, heads = q.shape[0], k.shape[1]
+    if rest is not None:
+        o = torch.empty((heads, _PARTS, queries, 16, 128), dtype=o.dtype, device=q.device)
+        lse = torch.empty((heads, _PARTS, queries, 16), dtype=torch.float32, device=q.device)
+    keys, values = k, v
     _attend(
-        (queries, heads),
-        q, k, v, block_indices, o, lse, *others, cu_seqlens, scale, token_start, queries, heads, batch, max_seqlen,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *gate_strides, GATED=code,
+        (queries, heads) if rest is None or _PARTS else (0, 0),
+        q, keys, values, block_indices, o, lse, cu_seqlens, scale, token_start, queries, heads, batch, max_seqlen,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], LISTED=rest is not None,
     )  # fmt: skip
+    if rest is not None:
+        rest.merge(0, queries, o, lse)

@@ -1,0 +1,77 @@
+"""What kernels a spec needs: the problem of each kernel, and the kernels it needs more than once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from test_spec import specs
+
+from nsa_gen import config
+from nsa_gen.config import KERNELS
+from nsa_gen.errors import ConfigError
+from nsa_gen.spec import load
+
+PAPER = load("nsa-paper")
+
+
+def selecting(count: int, initial: int, local: int):
+    return PAPER.replace(selection={"count": count, "initial": initial, "local": local})
+
+
+PARTS = {
+    (16, 1, 2): (13, 1),
+    (4, 1, 1): (2, 1),
+    (5, 0, 0): (5, 1),
+    (4, 1, 2): (1,),
+    (1, 0, 0): (1,),
+    (3, 1, 2): (0,),
+}
+
+
+@pytest.mark.parametrize(("blocks", "parts"), PARTS.items())
+def test_partial_results_that_the_fused_end_may_get(blocks, parts):
+    """One for each block that is neither initial nor local, or one over them all."""
+    spec = selecting(*blocks)
+    assert config.variants("sliding_merge_fwd", spec) == parts
+    found = [p for p in config.problems(spec) if p.kernel == "sliding_merge_fwd"]
+    assert [p.parts for p in found] == list(parts)
+    assert len({p.digest for p in found}) == len(parts)
+
+
+def test_k_and_v_of_unequal_head_dims_pool_apart():
+    assert config.variants("compress_fwd", PAPER) == ("k", "v")
+    assert [p.head_dim for p in config.problems(PAPER) if p.kernel == "compress_fwd"] == [192, 128]
+    square = PAPER.replace(head_dim={"qk": 128, "v": 128})
+    assert [p.head_dim for p in config.problems(square) if p.kernel == "compress_fwd"] == [128]
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_problem_is_the_first_variant_unless_said(varlen):
+    for kernel in KERNELS:
+        first, *others = (config.problem(kernel, PAPER, varlen=varlen, which=which) for which in config.variants(kernel, PAPER))
+        assert config.problem(kernel, PAPER, varlen=varlen) == first
+        assert first not in others and bool(others) == (kernel in ("compress_fwd", "sliding_merge_fwd"))
+
+
+def test_variants_of_the_fused_end_differ_by_their_parts_alone():
+    listed, one = (config.problem("sliding_merge_fwd", PAPER, which=which).as_dict() for which in (13, 1))
+    assert one == listed | {"parts": 1}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "which"), [("compress_fwd", "q"), ("sliding_merge_fwd", "k"), ("sliding_merge_fwd", 2), ("combine_fwd", "k")]
+)
+def test_no_such_variant(kernel, which):
+    with pytest.raises(ConfigError, match=rf"{kernel}: which: .*{which}"):
+        config.problem(kernel, PAPER, which=which)
+
+
+@given(specs())
+def test_problems_are_the_variants_of_every_kernel(spec):
+    found = config.problems(spec, varlen=True)
+    assert {p.kernel for p in found} == set(KERNELS)
+    for kernel in KERNELS:
+        for which in config.variants(kernel, spec):
+            assert config.problem(kernel, spec, varlen=True, which=which) in found
+    listed = spec.selection.count - spec.selection.initial - spec.selection.local
+    assert all(p.parts in (1, listed) and p.parts <= listed for p in found if p.kernel == "sliding_merge_fwd")
