@@ -36,8 +36,8 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, replayed where it can be.
 
     Args:
-        call: takes tensors (always one first), lists of tensors, None, strings and numbers; returns a tensor that it made, or a tuple of
-            such. Besides its arguments it depends on ``kernels.state()`` only, and on what ``kernels.clear()`` has read anew.
+        call: takes tensors (always one first), lists or tuples of tensors, None, strings and numbers; returns a tensor that it made, or a
+            tuple of such. Besides its arguments it depends on ``kernels.state()`` only, and on what ``kernels.clear()`` has read anew.
     """
     known: dict[tuple[Any, ...], Any] = kernels.remember({})
 
@@ -52,7 +52,7 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(x, Tensor):
                 tensors.append(x)
                 like += x.shape, x.stride(), x.dtype
-            elif type(x) is list:
+            elif type(x) is list or type(x) is tuple:
                 tensors += x
                 like.append(len(x))
                 for y in x:
