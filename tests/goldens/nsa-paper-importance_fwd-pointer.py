@@ -1,7 +1,7 @@
 """importance_fwd, rendered by nsa-gen from templates/importance_fwd.py.jinja. Do not edit: change the template.
 
 problem c9839a81868f: dtype=bfloat16 group=16 head_dim_qk=192 block=32 stride=16 selection_block=64 mapping=overlap varlen=True
-config  a0dd7bf6cdca: BLOCK_K=64 BLOCK_T=32 TILES=4 loads=pointer maxnreg=None num_stages=1 num_warps=4
+config  eb7bd53f68f6: BLOCK_K=128 BLOCK_T=64 TILES=4 loads=pointer maxnreg=None num_stages=2 num_warps=4
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -201,11 +201,11 @@ def importance_fwd_kernel(
             acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
 
 
-_BLOCK_T = 32
+_BLOCK_T = 64
 _TILES = 4  # token tiles one program walks with its keys
 _SELECTION_BLOCK = 64
 _HALO = 1
-_KEY_TILE_BLOCKS = 15  # selection blocks whose score one program writes
+_KEY_TILE_BLOCKS = 31  # selection blocks whose score one program writes
 _importance = Launcher(
     importance_fwd_kernel,
     {
@@ -218,11 +218,11 @@ _importance = Launcher(
         "SELECTION_BLOCK": _SELECTION_BLOCK,
         "HALO": _HALO,
         "BLOCK_T": _BLOCK_T,
-        "BLOCK_K": 64,
+        "BLOCK_K": 128,
         "TILES": _TILES,
     },
     num_warps=4,
-    num_stages=1,
+    num_stages=2,
     maxnreg=None,
 )
 
