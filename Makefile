@@ -27,7 +27,7 @@ demo: $(ENV)
 	$(NSA_GEN) demo $(ARGS)
 
 test: $(ENV)
-	$(PYTHON) -m pytest -q $(ARGS)
+	$(PYTHON) -m pytest -q -n auto $(ARGS)
 
 lint: $(ENV)
 	$(PYTHON) -m ruff check .
