@@ -83,6 +83,7 @@ def _plan_one(problem: Problem, target: Device, package: Package, alone: bool) -
     seqlens = [cut for cut in all_seqlens if cut <= MAX_SEQLEN]
     heads = [cut for cut in all_heads if cut <= MAX_HEADS]
     stem = problem.kernel + ("" if alone or "head_dim" not in problem.as_dict() else f"_d{problem.head_dim}")
+    stem += f"_{problem.parts}" if "parts" in problem.as_dict() else ""
     stem += "_varlen" if problem.as_dict().get("varlen") else ""
     names: dict[Config, str] = {}
     grid = []
@@ -92,6 +93,8 @@ def _plan_one(problem: Problem, target: Device, package: Package, alone: bool) -
             found = lookup.resolve(problem, Shape(seqlen, head), target, digest_of=_digest)
             if found.config not in names:
                 names[found.config] = stem + (f"_{len(names) + 1}" if names else "")
+                if names[found.config] in package.chosen:
+                    raise RenderError(f"two kernels of one name: {names[found.config]}")
                 package.chosen[names[found.config]] = (problem, found, max(seqlen, 1024))
                 package.files[f"rendered/{names[found.config]}.py"] = render(problem, found.config, standalone=True).text
             row.append(names[found.config])

@@ -172,6 +172,7 @@ class _Watcher(TorchDispatchMode):
         self.made: list[Tensor] = []
         self.bases = [x.data_ptr() for x in tensors]
         self.owner = {id(x): i for i, x in enumerate(tensors)}
+        self.bytes = 0
         self.alive: list[Any] = []  # an id is only that of one object as long as it lives
         self.steps: list[Any] = []  # (owner, offset, bytes) cleared, or (launched, arguments)
         self.fault = len(self.owner) != len(tensors)  # two arguments are one tensor now, and perhaps not the next time
@@ -179,18 +180,36 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
+        if self.fault:
+            return out
         if func.is_view and id(args[0]) in self.owner:
             for x in [out] if isinstance(out, Tensor) else out:
+                # Below autograd reshape and contiguous come whole: their schema says view, and they may have copied.
+                if x.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr():
+                    self._give_up()
+                    return out
                 self._own(x, self.owner[id(args[0])])
         elif packet in _ALLOCATE:
             self._own(out, len(self.tensors) + len(self.made))
             self.made.append(out)
             self.bases.append(out.data_ptr())
+            self.bytes += out.untyped_storage().nbytes()
+            if self.bytes > paths.workspace_bytes():  # results too: what is watched stays allocated
+                self._give_up()
         elif packet is _aten.zero_ and out.is_contiguous() and self.owner.get(id(out), -1) >= len(self.tensors):
             self.steps.append((*self._place(out), out.numel() * out.element_size()))
         else:
-            self.fault = True
+            self._give_up()
         return out
+
+    def _give_up(self) -> None:
+        """The call cannot be replayed: let go of what it has allocated."""
+        self.fault = True
+        self.made, self.alive, self.steps, self.owner = [], [], [], {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports all of torch._dynamo for the first call that is watched
 
     def _own(self, x: Tensor, owner: int) -> None:
         self.owner[id(x)] = owner
@@ -199,13 +218,13 @@ class _Watcher(TorchDispatchMode):
     def _place(self, x: Tensor) -> tuple[int, int]:
         owner = self.owner.get(id(x))
         if owner is None:
-            self.fault = True
+            self._give_up()
             return 0, 0
         return owner, x.data_ptr() - self.bases[owner]
 
     def launched(self, run: Any, function: Any, metadata: Any, grid: tuple[int, ...], args: tuple[Any, ...], tail: tuple[Any, ...]) -> None:
         """A launch of some thread, seen by ``Launcher``."""
-        if threading.get_ident() != self.thread:
+        if self.fault or threading.get_ident() != self.thread:
             return
         placed: list[Any] = []
         for x in (*args, *tail):
@@ -222,6 +241,8 @@ class _Watcher(TorchDispatchMode):
 
         None if the call cannot be replayed.
         """
+        if self.fault:
+            return None
         single = isinstance(result, Tensor)
         results, inputs = [result] if single else list(result), len(self.tensors)
         place = {}  # of what the call made: owner and offset in a record

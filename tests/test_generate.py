@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsa_gen import config, device, generate, lookup, space, spec
+from nsa_gen import config, device, generate, lookup, render, space, spec
 from nsa_gen.config import Config, Problem, Shape
 from nsa_gen.errors import InputError
 from nsa_gen.row import Row
@@ -205,3 +205,15 @@ if __name__ == "__main__":
     print("right")
 """
     assert "right" in compiled_python(code)
+
+
+def test_every_problem_has_its_own_rendering():
+    """Also those of one kernel: the fused end takes one partial result a query, or one a block."""
+    package = generate.plan(spec.load("gqa16-d128"), device.from_name("sm_90"))
+    ends = [plan for plan in package.plans if plan.problem.kernel == "sliding_merge_fwd"]
+    assert sorted(plan.problem.parts for plan in ends) == [1, 1, 13, 13]
+    for plan in package.plans:
+        for name in {name for row in plan.modules for name in row}:
+            problem, found, _ = package.chosen[name]
+            assert problem == plan.problem
+            assert package.files[f"rendered/{name}.py"] == render.render(problem, found.config, standalone=True).text

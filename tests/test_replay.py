@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -163,11 +164,20 @@ def reads_values(q, n):
     return out
 
 
+def copies_a_strided_argument(q, n):
+    launched(q.view(4, 5).T.reshape(20), q, out := torch.empty_like(q), n, 1.0)
+    return out
+
+
 CONSTANT = torch.ones(20)
 
 
-@pytest.mark.parametrize("call", [copies, returns_its_argument, launches_nothing, reads_what_is_no_argument, reads_values])
-def test_what_cannot_be_replayed_runs_itself_always(device, call):
+@pytest.mark.parametrize("below_autograd", [False, True])
+@pytest.mark.parametrize(
+    "call", [copies, copies_a_strided_argument, returns_its_argument, launches_nothing, reads_what_is_no_argument, reads_values]
+)
+def test_what_cannot_be_replayed_runs_itself_always(device, call, below_autograd):
+    """Operators run below autograd, where ``reshape`` and ``contiguous`` reach the watcher whole."""
     ran = []
 
     def spied(q, n):
@@ -178,7 +188,8 @@ def test_what_cannot_be_replayed_runs_itself_always(device, call):
     for seed in range(5):
         q, *_ = arguments(seed)
         expected = call(q.clone(), 20)
-        got = run(q, 20)
+        with torch._C._AutoDispatchBelowAutograd() if below_autograd else nullcontext():
+            got = run(q, 20)
         assert call is launches_nothing or torch.equal(got, expected)
     assert len(ran) == 5
 

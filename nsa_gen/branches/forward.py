@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import paths
 from ..config import Shape
-from ..launch import Launcher
 from . import combine, compression, selection, sliding
 from ._inputs import check_values, geometry, is_ready, kernel, module, ready
 
@@ -154,13 +153,9 @@ def training(
 
 def _attended(k: list[Tensor], v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K of the selected and the sliding branch, then V of both, as kernels read them."""
-    pairs = (tuple(map(_in_rows, x[1:])) if len(x) == 3 else (_in_rows(x[0]),) * 2 for x in (k, v))
+    pairs = (tuple(map(ready, x[1:])) if len(x) == 3 else (ready(x[0]),) * 2 for x in (k, v))
     (k_slc, k_swa), (v_slc, v_swa) = pairs
     return k_slc, k_swa, v_slc, v_swa
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    return Launcher.in_rows(ready(x))  # here once, as kernels that load by descriptor would copy for each chunk
 
 
 def _compressed(
