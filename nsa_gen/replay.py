@@ -179,9 +179,9 @@ class _Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
         if self.fault:
             return out
+        packet = func.overloadpacket
         if func.is_view and id(args[0]) in self.owner:
             for x in [out] if isinstance(out, Tensor) else out:
                 # Below autograd reshape and contiguous come whole: their schema says view, and they may have copied.

@@ -80,7 +80,7 @@ def finish(
     Args:
         at: what chooses kernels: the geometry's key, a tensor like ``q``, ``cu_seqlens``, the call's sizes.
         block_indices: ``[R,Hkv,n]`` as ``select_topk`` makes them.
-        lse: scratch, ``[R,Hq]`` fp32.
+        lse: ``[R,Hq]`` fp32, an argument of the kernel that neither loop order writes here.
         sequences: ``cu_seqlens``, batch, longest sequence.
     """
     rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, scale, start, sequences)
