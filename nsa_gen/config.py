@@ -26,6 +26,11 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
         "dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "initial", "local", "parts", "window", "varlen",
     ),
     "combine_fwd": ("dtype", "head_dim_v"),
+    "compressed_attention_bwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "block", "stride", "deterministic", "varlen"),
+    "selected_attention_bwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "deterministic", "varlen"),
+    "sliding_attention_bwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "window", "varlen"),
+    "combine_bwd": ("dtype", "head_dim_v"),
+    "compress_bwd": ("dtype", "head_dim", "block", "stride", "pooling", "hidden", "varlen"),
 }  # fmt: skip
 KERNELS = tuple(KEY_FIELDS)
 
@@ -146,6 +151,7 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int |
         "initial": spec.selection.initial,
         "local": spec.selection.local,
         "parts": which,
+        "deterministic": which,
         "mapping": spec.selection.mapping,
         "window": spec.window,
         "varlen": varlen,
@@ -160,14 +166,17 @@ def problems(spec: Spec, *, varlen: bool = False) -> list[Problem]:
 
 
 def variants(kernel: str, spec: Spec) -> tuple[str | int | None, ...]:
-    """What a spec needs a kernel for: ``compress_fwd`` for ``"k"`` and ``"v"``, the tensor that is pooled (its head dim is in the key);
-    ``sliding_merge_fwd`` for the partial results that selected attention may give a query: one, or one for each listed block.
+    """What a spec needs a kernel for: ``compress_*`` for ``"k"`` and ``"v"``, the tensor that is pooled (its head dim is in the key);
+    ``sliding_merge_fwd`` for the partial results that selected attention may give a query: one, or one for each listed block; some kernels
+    of the backward for whether gradients are to be bit-equal run to run.
     """
-    if kernel == "compress_fwd":
+    if kernel in ("compress_fwd", "compress_bwd"):
         return "k", "v"
     if kernel == "sliding_merge_fwd":
         listed = spec.selection.count - spec.selection.initial - spec.selection.local
         return (listed, 1) if listed > 1 else (listed,)
+    if "deterministic" in KEY_FIELDS[kernel]:
+        return False, True
     return (None,)
 
 

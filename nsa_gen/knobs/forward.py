@@ -57,7 +57,7 @@ def _selected_default(p: Problem) -> dict[str, Value]:
 
 
 def _selected_illegal(p: Problem, c: Config) -> str | None:
-    if c.loop == "query_outer" and (reason := _descriptor_fault(p, c)):
+    if c.loop == "query_outer" and (reason := descriptor_fault(p, c)):
         return reason
     if c.loop == "query_outer" and c.loads == "descriptor" and c.num_stages == 1:
         return "descriptor loads without a pipeline"
@@ -136,7 +136,8 @@ def _merge_default(p: Problem, wgmma: bool) -> dict[str, Value]:
     return {"merge": "pipelined", "dense_stages": 2, "loads": "pointer", "mask": "edges", **tiles}
 
 
-def _descriptor_fault(p: Problem, c: Config) -> str | None:
+def descriptor_fault(p: Problem, c: Config) -> str | None:
+    """Why K and V of a problem cannot be loaded by descriptor, or None."""
     dims = p.head_dim_qk, p.head_dim_v
     if c.loads == "descriptor" and any(dim & (dim - 1) for dim in dims):
         return f"a descriptor's tile has power-of-two sides, head dims are {dims[0]} and {dims[1]}"
@@ -144,7 +145,7 @@ def _descriptor_fault(p: Problem, c: Config) -> str | None:
 
 
 def _sliding_illegal(p: Problem, c: Config) -> str | None:
-    if reason := _descriptor_fault(p, c):
+    if reason := descriptor_fault(p, c):
         return reason
     if c.loads == "descriptor" and c.num_stages == 1:
         return "descriptor loads without a pipeline"
@@ -199,7 +200,7 @@ def _compressed_default(p: Problem, wgmma: bool) -> dict[str, Value]:
 
 
 def _compressed_illegal(p: Problem, c: Config) -> str | None:
-    if reason := _descriptor_fault(p, c):
+    if reason := descriptor_fault(p, c):
         return reason
     if c.maxnreg is not None and (c.num_warps == 8 or c.BLOCK_M > 64):
         return f"{c.maxnreg} registers let no further program of {c.num_warps} warps on a multiprocessor"
