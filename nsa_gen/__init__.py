@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import InputError, NotTuned, NSAError, SpecError
     from .kernels import override, resolve
     from .lookup import Resolution
+    from .module import NSAAttention
     from .ops import (
         combine,
         compress,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "InputError": "errors",
+    "NSAAttention": "module",
     "NSAError": "errors",
     "NotTuned": "errors",
     "Resolution": "lookup",
@@ -48,8 +50,8 @@ _HOME = {
 }
 
 __all__ = [
-    "InputError", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress", "compressed_attention",
-    "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
+    "InputError", "NSAAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
+    "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 ]  # fmt: skip
 
 

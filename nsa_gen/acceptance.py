@@ -30,8 +30,8 @@ def check_floats(wanted: dict[str, Tensor], eager: dict[str, Tensor], outputs: d
     """Hold float outputs to ``wanted`` (float64), given ``eager``: the same computed by PyTorch in the problem's dtype.
 
     The error may be twice that of ``eager`` plus ``FLOOR``: in the largest element (``max_abs``), in norm (``rel_fro``), and in the norm of
-    the worst row (``row_rel``: a wrong tile among small values shows there). An output named ``lse`` may be off by ``LSE_FLOOR`` only: PyTorch
-    rounds its logits, the kernels do not. Rows that are exactly zero and LSEs of -inf must be so.
+    the worst row (``row_rel``: a wrong tile among small values shows there). An output called ``lse`` may be off by ``LSE_FLOOR`` only:
+    PyTorch rounds its logits, the kernels do not. Rows that are exactly zero and LSEs of -inf must be so.
 
     Args:
         outputs: whole outputs: every element must be written.

@@ -81,8 +81,8 @@ def prepare(
             ``model.config.nsa_spec``.
         name: of the implementation, see :func:`register`.
         implementation: ``kernels``, or ``reference``: plain PyTorch on any device, slow.
-        detect_packing: whether ``position_ids`` that start anew begin another sequence, which takes one synchronisation a forward. Without
-            it sequences come in rows, or packed with ``cu_seq_lens_q`` and ``max_length_q``.
+        detect_packing: whether ``position_ids`` that start anew begin another sequence, for which each forward waits for the device once.
+            Without it sequences come in rows, or packed with ``cu_seq_lens_q`` and ``max_length_q``.
         checkpoint: a folder that ``save_pretrained`` wrote of a prepared model: gates and φ are read from its safetensors files.
 
     Returns:

@@ -20,7 +20,7 @@ FLOORS = (
     ("loader", "precompile"),
     ("kernels",),
     ("branches", "replay"),
-    ("register", "ops", "cache", "module", "verify"),
+    ("register", "ops", "cache", "rope", "module", "huggingface", "verify"),
     ("console", "generate", "bench", "tables", "tune", "report", "doctor", "demo"),
     ("cli",),
     ("__main__", "__init__"),

