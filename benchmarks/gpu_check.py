@@ -45,7 +45,7 @@ def memcheck(spec_name: str) -> str:
     query_outer = {"loop": "query_outer", "num_warps": 1, "num_stages": 2}
     orders = [Config.of("selected_attention_fwd", query_outer | {"operands": o, "loads": x}) for o, x in ORDERS]
     for problem in problems(spec, varlen=True) + [p for p in problems(spec) if "varlen" not in dict(p.values)]:
-        if problem.kernel in done and problem.kernel not in ("compress_fwd", "sliding_merge_fwd"):
+        if problem.kernel in done and problem.kernel not in ("compress_fwd", "compress_bwd", "sliding_merge_fwd"):
             continue
         case = inputs.case(problem, seqlens=lengths, heads_kv=spec.heads.kv, device="cuda")
         legal = set(space.candidates(problem)) if problem.kernel == "selected_attention_fwd" else set()

