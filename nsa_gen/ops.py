@@ -24,90 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .branches import _inputs, combine as _combine, compression, forward, selection, sliding  # isort: skip
-from .branches._inputs import Geometry, SpecLike, Tokens, check, check_heads, geometry
+from . import operators
+from .branches import _inputs, compression
+from .branches._inputs import Geometry, SpecLike, Tokens, check, check_heads
 from .errors import InputError
-from .register import register, requires_grad
+from .register import requires_grad
 
 __all__ = ["combine", "compress", "compressed_attention", "nsa_attention", "select_blocks", "selected_attention", "sliding_attention"]
-
-# --- registration ----------------------------------------------------------------------------------------------------------------
-
-_SEQUENCES = "Tensor? cu_seqlens, str key, SymInt batch, SymInt max_seqlen"
-
-_ATTENTION = f"{_SEQUENCES}, float scale) -> (Tensor, Tensor)"
-_compress = register(
-    "compress",
-    "(Tensor x, Tensor[] weights, Tensor? cu_seqlens, str key, str which, SymInt batch, SymInt max_seqlen) -> Tensor",
-    compression.compress_fwd,
-    compression.compress_fake,
-)
-_compressed_attention = register(
-    "compressed_attention",
-    f"(Tensor q, Tensor k_cmp, Tensor v_cmp, {_ATTENTION}",
-    compression.compressed_attention_fwd,
-    compression.compressed_attention_fake,
-)
-_select_blocks = register(
-    "select_blocks",
-    f"(Tensor q, Tensor k_cmp, Tensor lse, {_SEQUENCES}, float scale) -> Tensor",
-    selection.select_blocks_fwd,
-    selection.select_blocks_fake,
-)
-_selected_attention = register(
-    "selected_attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_ATTENTION}",
-    selection.selected_attention_fwd,
-    selection.selected_attention_fake,
-)
-_sliding_attention = register(
-    "sliding_attention",
-    f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}",
-    sliding.sliding_attention_fwd,
-    sliding.sliding_attention_fake,
-)
-_combine_op = register(
-    "combine",
-    "(Tensor o_cmp, Tensor o_slc, Tensor o_swa, Tensor g_cmp, Tensor g_slc, Tensor g_swa) -> Tensor",
-    _combine.combine_fwd,
-    _combine.combine_fake,
-)
-
-
-def _nsa_attention_fwd_fake(q: Tensor, k: list[Tensor], v: list[Tensor], *rest: Any) -> Tensor:
-    return compression.attention_fake(q, v[-1])[0]
-
-
-def _nsa_attention_save(*args: Any) -> tuple[Tensor, ...]:
-    """All of :func:`forward.training`; ``k_cmp`` and ``v_cmp`` empty where given, as an operator must not return its arguments."""
-    *made, k_cmp, v_cmp = forward.training(*args)
-    given_k, given_v = args[8] is not None, args[9] is not None
-    return *made, k_cmp.new_empty(0) if given_k else k_cmp, v_cmp.new_empty(0) if given_v else v_cmp
-
-
-def _nsa_attention_save_fake(
-    q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
-    k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    g, total = geometry(key), q.shape[0]
-    attended = [compression.attention_fake(q, v[-1]) for _ in range(3)]
-    block_indices = q.new_empty((total, k[0].shape[1], g.count), dtype=torch.int32)
-    rows = compression.rows_of(total, g.stride)
-    made = (x[0].new_empty((rows, *x[0].shape[1:]) if given is None else (0,)) for given, x in ((k_cmp, k), (v_cmp, v)))
-    o = torch.empty_like(attended[0][0])
-    return o, *(o for o, _ in attended), *(lse for _, lse in attended), block_indices, *made
-
-
-_WHOLE = (
-    "(Tensor q, Tensor[] k, Tensor[] v, Tensor g_cmp, Tensor g_slc, Tensor g_swa, Tensor[] phi_k, Tensor[] phi_v, Tensor? k_cmp, "
-    f"Tensor? v_cmp, {_SEQUENCES}, float scale)"
-)
-#: For inference: ``o`` alone.
-_nsa_attention = register("nsa_attention_fwd", f"{_WHOLE} -> Tensor", forward.inference, _nsa_attention_fwd_fake)
-#: For training: ``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``.
-_nsa_attention_saving = register(
-    "nsa_attention_save", f"{_WHOLE} -> ({', '.join(['Tensor'] * 10)})", _nsa_attention_save, _nsa_attention_save_fake
-)
 
 # --- what users call -------------------------------------------------------------------------------------------------------------
 
@@ -130,6 +53,8 @@ def nsa_attention(
     phi_v: Sequence[Tensor] = (),
     k_cmp: Tensor | None = None,
     v_cmp: Tensor | None = None,
+    deterministic: bool | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Native Sparse Attention, whole (paper eqs. 5-12): ``g_cmp*o_cmp + g_slc*o_slc + g_swa*o_swa``.
 
@@ -143,6 +68,13 @@ def nsa_attention(
         phi_k, phi_v: weights of φ for keys and values, see :func:`compress`.
         k_cmp, v_cmp: compressed keys and values made by other means, both or neither, laid out as :func:`compress` does; φ is then
             skipped and its weights must be left out.
+        deterministic: whether gradients are to have the same bits in every run; default as torch has it
+            (``torch.use_deterministic_algorithms``). Sums of dk and dv over a block's queries are then made in a fixed order: slower
+            (docs/training.md). The forward is deterministic in any case.
+        recompute: keep nothing for the backward but the arguments: it runs the forward again. Otherwise the branches' outputs, LSEs and
+            block indices are kept: three tensors like the result, and little besides.
+
+    Differentiable in q, k, v, the gates, φ's weights, k_cmp and v_cmp, once; no gradient flows through the choice of blocks.
 
     Returns:
         ``[T,Hq,Dv]`` (or ``[B,S,Hq,Dv]``) in q's dtype.
@@ -172,10 +104,11 @@ def nsa_attention(
     pack = tokens.pack
     args = (
         pack(q), [pack(x) for x in k], [pack(x) for x in v], pack(g_cmp), pack(g_slc), pack(g_swa), list(phi_k), list(phi_v), k_cmp, v_cmp,
-        cu_seqlens, g.key, tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, g),
+        cu_seqlens, g.key, tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, g), _deterministic(deterministic),
     )  # fmt: skip
-    saving = torch.is_grad_enabled() and requires_grad(args)
-    return tokens.unpack(_nsa_attention_saving(*args)[0] if saving else _nsa_attention(*args))
+    if torch.is_grad_enabled() and not recompute and requires_grad(args):
+        return tokens.unpack(operators.nsa_attention_saving(*args)[0])
+    return tokens.unpack(operators.nsa_attention(*args))
 
 
 def compress(
@@ -211,7 +144,7 @@ def compress(
     dim = g.qk if which == "k" else g.v
     check("x", x, x, (*x.shape[:-1], dim), f"[..., Hkv, {'Dqk' if which == 'k' else 'Dv'}]")
     compression.check_weights("weights", weights, x, g)
-    return _compress(tokens.pack(x), list(weights), cu_seqlens, g.key, which, tokens.batch, tokens.max_seqlen)
+    return operators.compress(tokens.pack(x), list(weights), cu_seqlens, g.key, which, tokens.batch, tokens.max_seqlen)
 
 
 def compressed_attention(
@@ -223,6 +156,7 @@ def compressed_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query ``t`` to the compressed tokens ``j`` with ``j*d + l - 1 <= t`` (paper eq. 8).
 
@@ -231,6 +165,7 @@ def compressed_attention(
         k_cmp, v_cmp: ``[max(T//d,1),Hkv,Dqk]`` and ``[max(T//d,1),Hkv,Dv]``, laid out as by :func:`compress`; rows between sequences
             are never used.
         spec, cu_seqlens, max_seqlen, scale: see the module.
+        deterministic: see :func:`nsa_attention`.
 
     Returns:
         ``o [T,Hq,Dv]`` and the natural-log ``lse [T,Hq]`` in float32 (or batched). A query that sees no token has 0 and -inf.
@@ -240,7 +175,8 @@ def compressed_attention(
     """
     g, tokens, heads = _begin(q, spec, cu_seqlens, max_seqlen)
     _check_compressed(q, tokens, heads, g, k_cmp=k_cmp, v_cmp=v_cmp)
-    return _unpacked(tokens, _compressed_attention(tokens.pack(q), k_cmp, v_cmp, *_tail(tokens, g, scale)))
+    at = (*_tail(tokens, g, scale), _deterministic(deterministic))
+    return _unpacked(tokens, operators.compressed_attention(tokens.pack(q), k_cmp, v_cmp, *at))
 
 
 def select_blocks(
@@ -274,7 +210,8 @@ def select_blocks(
     _check_compressed(q, tokens, heads, g, k_cmp=k_cmp)
     check("lse", lse, q, q.shape[:-1], "[..., Hq]", (torch.float32,))
     args = (tokens.pack(q).detach(), k_cmp.detach(), tokens.pack(lse).detach())
-    return tokens.unpack(_select_blocks(*args, *_tail(tokens, g, scale)))
+    with torch.no_grad():  # none flows through the choice (paper section 3.3.2)
+        return tokens.unpack(operators.select_blocks(*args, *_tail(tokens, g, scale)))
 
 
 def selected_attention(
@@ -287,6 +224,7 @@ def selected_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query ``t`` to the tokens ``s <= t`` of its chosen blocks (paper eq. 12).
 
@@ -296,6 +234,7 @@ def selected_attention(
         block_indices: int32 ``[T,Hkv,n]`` (or batched): ascending, distinct, -1 last, none past the query's own block. The forced blocks
             need not be among them.
         spec, cu_seqlens, max_seqlen, scale: see the module.
+        deterministic: see :func:`nsa_attention`.
 
     Returns:
         ``o [T,Hq,Dv]`` and the natural-log ``lse [T,Hq]`` in float32 (or batched).
@@ -308,7 +247,8 @@ def selected_attention(
     _check_kv("v", v, q, tokens, heads, g.v, g, "[..., Hkv, Dv]")
     check("block_indices", block_indices, q, (*tokens.lead(), heads, g.count), "[..., Hkv, n]", (torch.int32,))
     pack = tokens.pack
-    return _unpacked(tokens, _selected_attention(pack(q), pack(k), pack(v), pack(block_indices), *_tail(tokens, g, scale)))
+    at = (*_tail(tokens, g, scale), _deterministic(deterministic))
+    return _unpacked(tokens, operators.selected_attention(pack(q), pack(k), pack(v), pack(block_indices), *at))
 
 
 def sliding_attention(
@@ -338,7 +278,7 @@ def sliding_attention(
     _check_kv("k", k, q, tokens, heads, g.qk, g, "[..., Hkv, Dqk]")
     _check_kv("v", v, q, tokens, heads, g.v, g, "[..., Hkv, Dv]")
     pack = tokens.pack
-    return _unpacked(tokens, _sliding_attention(pack(q), pack(k), pack(v), *_tail(tokens, g, scale)))
+    return _unpacked(tokens, operators.sliding_attention(pack(q), pack(k), pack(v), *_tail(tokens, g, scale)))
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor) -> Tensor:
@@ -363,7 +303,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, g_cmp: Tensor, g_slc: T
         check(name, x, o_cmp, o_cmp.shape, "[..., Hq, Dv]")
     for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
         check(name, gate, o_cmp, o_cmp.shape[:-1], "[..., Hq]", (o_cmp.dtype, torch.float32))
-    return tokens.unpack(_combine_op(*map(tokens.pack, (o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa))))
+    return tokens.unpack(operators.combine_branches(*map(tokens.pack, (o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa))))
 
 
 # --- what they share -------------------------------------------------------------------------------------------------------------
@@ -379,6 +319,10 @@ def _begin(q: Tensor, spec: SpecLike, cu_seqlens: Tensor | None, max_seqlen: int
 
 def _tail(tokens: Tokens, g: Geometry, scale: float | None) -> tuple[Any, ...]:
     return tokens.cu_seqlens, g.key, tokens.batch, tokens.max_seqlen, _inputs.scale_of(scale, g)
+
+
+def _deterministic(asked: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if asked is None else bool(asked)
 
 
 def _unpacked(tokens: Tokens, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import paths
 from ..config import Shape
 from ..errors import InputError
 from ._inputs import Geometry, check, check_values, geometry, kernel, ready, ready_flat
@@ -111,3 +112,27 @@ def compressed_attention_fake(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     return attention_fake(q, v_cmp)
+
+
+def compressed_attention_bwd(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor, cu_seqlens: Tensor | None, key: str,
+    batch: int, max_seqlen: int, scale: float, deterministic: bool, dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of ``gate * compressed_attention``: ``dq [T,Hq,Dqk]``, ``dk_cmp``, ``dv_cmp`` as ``k_cmp``, ``v_cmp``.
+
+    Args:
+        do: ``[T,Hq,Dv]`` of that product.
+        lse, delta, gate: fp32 ``[T,Hq]``; delta is ``do @ o`` less the gradient of lse.
+        deterministic: the same bits in every run.
+        dq: contiguous; the gradient is added to it in place.
+    """
+    added, dq = dq, torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k_cmp, v_cmp))
+    if q.shape[0]:
+        run = kernel("compressed_attention_bwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k_cmp.shape[1]), deterministic)
+        given = (ready(q), ready(k_cmp), ready(v_cmp), ready(do), lse, delta, gate)
+        run(*given, dq, dk, dv, added, scale, paths.workspace_bytes(), cu_seqlens, batch, max_seqlen)
+    else:
+        dk.zero_()
+        dv.zero_()
+    return dq, dk, dv

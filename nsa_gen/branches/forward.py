@@ -27,7 +27,7 @@ def inference(
     writes to the result, and the selected branch, with what is left to do (``_Rest``), turns it into the gated sum of all three.
     """
     total, heads_q = q.shape[:2]
-    k_slc, k_swa, v_slc, v_swa = _attended(k, v)
+    k_slc, k_swa, v_slc, v_swa = attended(k, v)
     k_cmp, v_cmp = (ready(x) for x in _compressed(k, v, phi_k, phi_v, k_cmp, v_cmp, cu_seqlens, key, batch, max_seqlen))
     heads, dim = k_slc.shape[1], v_slc.shape[2]
     o = torch.empty((total, heads_q, dim), dtype=q.dtype, device=q.device)
@@ -141,7 +141,7 @@ def training(
     """``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``: what a backward needs, each over all queries."""
     sequences = (cu_seqlens, key, batch, max_seqlen, scale)
     q = ready(q)
-    k_slc, k_swa, v_slc, v_swa = _attended(k, v)
+    k_slc, k_swa, v_slc, v_swa = attended(k, v)
     k_cmp, v_cmp = _compressed(k, v, phi_k, phi_v, k_cmp, v_cmp, cu_seqlens, key, batch, max_seqlen)
     o_cmp, lse_cmp = compression.compressed_attention_fwd(q, k_cmp, v_cmp, *sequences)
     block_indices = selection.select_blocks_fwd(q, k_cmp, lse_cmp, *sequences)
@@ -151,7 +151,7 @@ def training(
     return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp
 
 
-def _attended(k: list[Tensor], v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attended(k: list[Tensor], v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K of the selected and the sliding branch, then V of both, as kernels read them."""
     pairs = (tuple(map(ready, x[1:])) if len(x) == 3 else (ready(x[0]),) * 2 for x in (k, v))
     (k_slc, k_swa), (v_slc, v_swa) = pairs

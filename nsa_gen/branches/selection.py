@@ -126,3 +126,21 @@ def selected_attention_fake(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return attention_fake(q, v)
+
+
+def selected_attention_bwd(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor,
+    cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float, deterministic: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of ``gate * selected_attention``: ``dq [T,Hq,Dqk]``, and ``dk [T,Hkv,Dqk]``, ``dv [T,Hkv,Dv]`` in ``dtype``.
+
+    Args:
+        do, lse, delta, gate, deterministic: as for ``compressed_attention_bwd``.
+    """
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+    if q.shape[0]:
+        run = kernel("selected_attention_bwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k.shape[1]), deterministic)
+        given = (ready(q), ready(k), ready(v), ready_flat(block_indices), ready(do), lse, delta, gate)
+        run(*given, dq, dk, dv, None, scale, paths.workspace_bytes(), cu_seqlens, batch, max_seqlen)
+    return dq, dk, dv

@@ -142,7 +142,9 @@ class _SlidingAttentionBackward(_AttentionBackward):
 
     def lse(self, case: Case, dtype: torch.dtype) -> Tensor:
         t = case.tensors
-        return reference.sliding_attention(t["q"], t["k"], t["v"][..., :1], case.problem.window, t["scale"], case.cu_seqlens, dtype=dtype)[1]
+        return reference.sliding_attention(t["q"], t["k"], t["v"][..., :1], case.problem.window, t["scale"], case.cu_seqlens, dtype=dtype)[
+            1
+        ]
 
     def visible(self, case: Case) -> reference_backward.Visible:
         return reference_backward.sees_window(case.problem.window)
@@ -180,7 +182,7 @@ class _SelectedAttentionBackward(_AttentionBackward):
 
 
 class _CombineBackward(Call):
-    """``do``, the branches' outputs and gates → ``delta``, ``gate`` ``[3,T,Hq]`` fp32, and the branches' ``do``."""
+    """``do``, the branches' outputs and gates → ``delta``, ``gate`` in fp32, the gradients of the gates and of the branches."""
 
     branches = ("cmp", "slc", "swa")
 
@@ -191,19 +193,21 @@ class _CombineBackward(Call):
             case.tensors[f"o_{branch}"] = values.normal(*shape, dim)
         for branch in self.branches:
             case.tensors[f"g_{branch}"] = values.normal(*shape).sigmoid()
-        case.outputs["delta"], case.outputs["gate"] = (values.empty(3, *shape, dtype=torch.float32) for _ in range(2))
+        for name in ("delta", "gate", "dg"):
+            for branch in self.branches:
+                case.outputs[f"{name}_{branch}"] = values.empty(*shape, dtype=case.dtype if name == "dg" else torch.float32)
 
     def run(self, case: Case, host: Any) -> None:
-        host(*case.tensors.values(), case.outputs["delta"], case.outputs["gate"], None, None, None)
+        outputs = list(case.outputs.values())
+        host(*case.tensors.values(), outputs[:3], outputs[3:6], outputs[6:], (None, None, None))
 
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        t = case.tensors
-        do = t["do"].to(dtype)
-        delta = torch.stack([(do * t[f"o_{branch}"].to(dtype)).sum(-1) for branch in self.branches])
-        return {"delta": delta, "gate": torch.stack([t[f"g_{branch}"].to(dtype) for branch in self.branches])}
-
-    def check(self, case: Case, queries: Tensor | None) -> Check:
-        return check_floats(case.expected(), case.expected(None, case.dtype), case.outputs, None)
+        t = {name: x if queries is None else x[queries] for name, x in case.tensors.items()}
+        do, found = t["do"].to(dtype), {}
+        for branch in self.branches:
+            found[f"delta_{branch}"] = found[f"dg_{branch}"] = (do * t[f"o_{branch}"].to(dtype)).sum(-1)
+            found[f"gate_{branch}"] = t[f"g_{branch}"].to(dtype)
+        return found
 
     def flops(self, case: Case) -> int:
         return 6 * case.total * case.heads_query * case.problem.head_dim_v

@@ -40,14 +40,12 @@ SPACES["compressed_attention_bwd"] = Space(
         Knob("SPLITS", (1, 4, 8, 16, 32, 64)),
     ),
     defaults={
-        "": lambda p: {"dq": "separate", "SPLITS": 16, **_tiles(p, wgmma=False)},
-        "sm_90": lambda p: {"dq": "separate", "SPLITS": 16, **_tiles(p, wgmma=True)},
-        "sm_100": lambda p: {"dq": "separate", "SPLITS": 16, **_tiles(p, wgmma=True)},
+        "": lambda p: {"dq": "separate", "SPLITS": 32, **_tiles(p, wgmma=False)},
+        "sm_90": lambda p: {"dq": "separate", "SPLITS": 32, **_tiles(p, wgmma=True)},
+        "sm_100": lambda p: {"dq": "separate", "SPLITS": 32, **_tiles(p, wgmma=True)},
     },
     safe=lambda p: {"dq": "separate", "SPLITS": 8, **_small(p)},
-    illegal=lambda p, c: (
-        "atomic additions come in another order each time" if p.deterministic and c.dq == "atomic" else _tile_fault(p, c)
-    ),
+    illegal=lambda p, c: "atomic additions come in another order each time" if p.deterministic and c.dq == "atomic" else _tile_fault(p, c),
 )
 SPACES["sliding_attention_bwd"] = Space(
     knobs=(*_dq_knobs({}), *_DKV_KNOBS),
@@ -77,9 +75,13 @@ def _tiles(p: Problem, wgmma: bool) -> dict[str, Value]:
     if not wgmma:  # operands wait in registers, and there is little shared memory
         rows = {"loads": "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": 32, "dq_warps": 4, "dq_stages": 1}
         return rows | {"dkv_mask": "edges", "KEYS": 64, "ROWS": 32, "dkv_warps": 4, "dkv_stages": 1}
+    whole = not any(dim & (dim - 1) for dim in (p.head_dim_qk, p.head_dim_v))
     keys, warps = (32, 8) if _wide(p) else (64, 4)
-    rows = {"loads": "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": keys, "dq_warps": warps, "dq_stages": 2}
-    return rows | {"dkv_mask": "edges", "KEYS": 64, "ROWS": keys, "dkv_warps": warps, "dkv_stages": 2}
+    rows = {"loads": "descriptor" if whole else "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": keys, "dq_warps": warps, "dq_stages": 2}
+    if _wide(p):
+        return rows | {"dkv_mask": "all", "KEYS": 64, "ROWS": 32, "dkv_warps": 8, "dkv_stages": 2}
+    # Many keys a tile: q and do come from L2 once for each.
+    return rows | {"dkv_mask": "all", "KEYS": 128, "ROWS": 64, "dkv_warps": 8, "dkv_stages": 3}
 
 
 def _tile_fault(p: Problem, c: Config) -> str | None:

@@ -191,13 +191,14 @@ def compress_bwd_hidden_kernel(
         w2_tile = tl.load(w2 + first, mask=(unit < HIDDEN)[:, None], other=0.0)
         dh = tl.dot(dout_tile, tl.trans(w2_tile), dh, input_precision="ieee")
     share = 0.5 * (1.0 + tl.erf(pre * 0.7071067811865476))  # of pre that GELU lets through
-    dpre = dh * (share + pre * tl.exp(-0.5 * pre * pre) * 0.3989422804014327)
+    dpre = (dh * (share + pre * tl.exp(-0.5 * pre * pre) * 0.3989422804014327)).to(dpre_ptr.dtype.element_ty)
     base = (tl.program_id(0).to(tl.int64) * (BLOCK_J * heads) + head) * HIDDEN
     place = tl.arange(0, BLOCK_J)[:, None] * (heads * HIDDEN) + unit[None, :]
     inside = (row < rows)[:, None] & (unit < HIDDEN)[None, :]
     tl.store(h_ptr + base + place, (pre * share).to(h_ptr.dtype.element_ty), mask=inside)
-    tl.store(dpre_ptr + base + place, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
-    tl.store(sums + unit, tl.sum(dpre, 0), mask=unit < HIDDEN)
+    tl.store(dpre_ptr + base + place, dpre, mask=inside)
+    # of the rounded ones: where pos cancels x, what both were multiplied by must be the same
+    tl.store(sums + unit, tl.sum(dpre.to(tl.float32), 0), mask=unit < HIDDEN)
 
 
 @triton.jit
@@ -299,6 +300,7 @@ def outer_products(
     b,  # [1, BLOCK_N] pointers
     b_step,
     b_mask,
+    addend,  # [1, BLOCK_M], added to every row of a; or None
     starts_ptr,  # [rows] int32
     begin,
     end,
@@ -318,6 +320,8 @@ def outer_products(
         else:
             a_tile = tl.load(a + row[:, None] * a_step, mask=mask & a_mask, other=0.0)
         b_tile = tl.load(b + row[:, None] * b_step, mask=mask & b_mask, other=0.0)
+        if addend is not None:
+            a_tile += addend
         row += BLOCK_R
         start = tl.load(starts_ptr + row, mask=row < end, other=-1)  # a step ahead: a's address waits for it
         acc = tl.dot(tl.trans(a_tile), b_tile, acc, input_precision="ieee")
@@ -366,7 +370,7 @@ def compress_bwd_dw_kernel(
         dout = dout_ptr + head * D + n2[None, :]
         dout_step = heads.to(tl.int64) * D
         acc2 = outer_products(
-            h, step, (m2 < N)[None, :], dout, dout_step, (n2 < D)[None, :], starts_ptr, begin, end, False, BLOCK_M, BLOCK_N, BLOCK_R
+            h, step, (m2 < N)[None, :], dout, dout_step, (n2 < D)[None, :], None, starts_ptr, begin, end, False, BLOCK_M, BLOCK_N, BLOCK_R
         )
         dw2 = dw2_ptr + result * (N * D) + m2[:, None] * D + n2[None, :]
         tl.store(dw2, acc2.to(dw2_ptr.dtype.element_ty), mask=(m2 < N)[:, None] & (n2 < D)[None, :])
@@ -377,10 +381,12 @@ def compress_bwd_dw_kernel(
     x = x_ptr + head * tl.multiple_of(stride_h, 8) + (m // D * stride_t + m % D)[None, :]
     dpre = dpre_ptr + head * N + n[None, :]
     m_mask = m < BLOCK * D
+    addend = None
     acc = outer_products(
-        x, stride_t, m_mask[None, :], dpre, step, (n < N)[None, :], starts_ptr, begin, end, True, BLOCK_M, BLOCK_N, BLOCK_R
+        x, stride_t, m_mask[None, :], dpre, step, (n < N)[None, :], addend, starts_ptr, begin, end, True, BLOCK_M, BLOCK_N, BLOCK_R
     )
-    # pos is added to every block alike: its part is pos times the sum of dpre, the first split's to add
+    # Added to x in the loop, pos would take tiles through registers. It is the same in every block, so its part is pos times the sum of
+    # dpre, the first split's to add; fp32 accumulators hold what is left where pos cancels x, of 16-bit values.
     pos = tl.load(pos_ptr + head * (BLOCK * D) + m, mask=m_mask & (split == 0), other=0.0).to(tl.float32)
     acc += pos[:, None] * tl.load(total_ptr + head * N + n, mask=n < N, other=0.0)[None, :]
     dw = dw_ptr + result * (BLOCK * D * N) + m[:, None] * N + n[None, :]
