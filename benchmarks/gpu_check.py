@@ -1,15 +1,17 @@
 """Everything about correctness that only a GPU can show, in one run: a table last, JSON on request, exit 1 if anything is wrong.
 
-    python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,compile,graph,long] [--jobs N]
+    python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,…] [--jobs N]
 
 * ``verify``: every shipped spec's kernels on edge cases and its whole forward against the float64 reference (``nsa-gen verify``).
-* ``memcheck``: one ragged case of each kernel under ``compute-sanitizer --tool memcheck``, with uncached allocations, so that a byte past a
-  tensor counts.
-* ``compile``, ``graph``: ``torch.compile(fullgraph=True)`` and CUDA-graph capture of the forward equal the eager result bit for bit.
-* ``long``: 512k tokens run, with the memory taken beyond inputs and output.
+* ``memcheck``, ``racecheck``: one ragged case of each kernel, in each structure it is built in, under ``compute-sanitizer``, with uncached
+  allocations, so that a byte past a tensor counts.
+* ``gradients``: of every shipped spec, through autograd, against the float64 reference: at most twice the error of bf16 PyTorch.
+* ``deterministic``: 20 backwards of one forward have the same bits with ``deterministic=True``.
+* ``compile``, ``graph``: ``torch.compile(fullgraph=True)`` and CUDA-graph capture of the forward, and of a training step, equal eager.
+* ``long``: 512k tokens run, with the memory taken beyond inputs and output. ``training``: the same of a training step at 64k and 256k.
 
-Each check is a process of its own: one that dies is a failed line, the others still run. ``--jobs`` of them share the GPU; ``long``, which
-takes much memory, runs alone.
+Each check is a process of its own: one that dies is a failed line, the others still run. ``--jobs`` of them share the GPU; ``long`` and
+``training``, which take much memory, run alone.
 """
 
 from __future__ import annotations
@@ -28,33 +30,62 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LONG = 512 * 1024
-#: How query-outer selected attention multiplies and loads, each checked beside what the tables choose.
-ORDERS = (("rows", "pointer"), ("rows", "descriptor"), ("keys", "descriptor"))
+#: Structures of kernels that are checked beside what the tables choose: knobs to change in the default, None to leave out.
+STRUCTURES: dict[str, list[dict[str, object]]] = {
+    "selected_attention_fwd": [
+        {"loop": "query_outer", "operands": operands, "loads": loads, "num_warps": 1, "num_stages": 2}
+        for operands, loads in (("rows", "pointer"), ("rows", "descriptor"), ("keys", "descriptor"))
+    ],
+    "compressed_attention_bwd": [{"dq": "atomic"}, {"loads": "pointer", "dq_mask": "all"}, {"loads": "pointer", "dkv_mask": "edges"}],
+    "sliding_attention_bwd": [{"loads": "pointer", "dq_mask": "all"}, {"loads": "pointer", "dkv_mask": "edges"}],
+    "selected_attention_bwd": [
+        {"dq": "query_outer", "operands": operands, "loads": "pointer", "dq_warps": 4, "dq_stages": 2} for operands in ("rows", "keys")
+    ],
+}
 
 
 def memcheck(spec_name: str) -> str:
     """One ragged call of each kernel; run under the sanitizer."""
     import torch
 
-    from nsa_gen import inputs, kernels, space
-    from nsa_gen.config import Config, Shape, problems
+    from nsa_gen import inputs, kernels
+    from nsa_gen.config import Shape, problems
     from nsa_gen.spec import load
 
     spec, lengths = load(spec_name), (1153, 0, 31, 1, 700)
-    done = []
-    query_outer = {"loop": "query_outer", "num_warps": 1, "num_stages": 2}
-    orders = [Config.of("selected_attention_fwd", query_outer | {"operands": o, "loads": x}) for o, x in ORDERS]
+    done, calls = [], 0
+    variants = ("compress_fwd", "compress_bwd", "sliding_merge_fwd", "selected_attention_bwd")
     for problem in problems(spec, varlen=True) + [p for p in problems(spec) if "varlen" not in dict(p.values)]:
-        if problem.kernel in done and problem.kernel not in ("compress_fwd", "compress_bwd", "sliding_merge_fwd"):
+        if problem.kernel in done and problem.kernel not in variants:
             continue
         case = inputs.case(problem, seqlens=lengths, heads_kv=spec.heads.kv, device="cuda")
-        legal = set(space.candidates(problem)) if problem.kernel == "selected_attention_fwd" else set()
-        for configs in [(), *((config,) for config in orders if config in legal)]:
+        for configs in [(), *((config,) for config in _structures(problem))]:
             with kernels.override(*configs):
                 case.run(kernels.get(problem, Shape(max(lengths), len(lengths) * spec.heads.kv), kernels.default_device()))
             torch.cuda.synchronize()
+            calls += 1
         done.append(problem.kernel)
-    return f"{len(done)} kernels"
+    return f"{len(set(done))} kernels, {calls} calls"
+
+
+def _structures(problem: object) -> list[object]:
+    """Legal configs of ``STRUCTURES``: the default with some knobs changed, and those left out that then do not exist."""
+    from nsa_gen import kernels, space
+    from nsa_gen.config import Config
+    from nsa_gen.errors import ConfigError
+
+    found = []
+    default = space.default(problem, kernels.default_device().arch).as_dict()
+    for changes in STRUCTURES.get(problem.kernel, ()):
+        wanted = {**default, **changes}
+        exist = [k for k in space.knobs(problem.kernel) if all(wanted.get(name) in values for name, values in k.when.items())]
+        config = Config.of(problem.kernel, {k.name: wanted[k.name] for k in exist if k.name in wanted})
+        try:
+            space.check(problem, config)
+        except ConfigError:
+            continue
+        found.append(config)
+    return found
 
 
 def _forward(seqlen: int) -> tuple[Callable[..., object], dict[str, object]]:
@@ -70,30 +101,153 @@ def _forward(seqlen: int) -> tuple[Callable[..., object], dict[str, object]]:
     return forward, given
 
 
+def _step(seqlen: int, **options: object) -> tuple[Callable[..., tuple[object, ...]], list[object], object]:
+    """A forward and backward: what makes the gradients, the tensors they are of, and the gradient of the result."""
+    import torch
+
+    from nsa_gen import bench, ops
+    from nsa_gen.spec import load
+
+    spec = load("gqa16-d128")
+    given = bench.tensors(spec, seqlen)
+    names = ("q", "k", "v", "g_cmp", "g_slc", "g_swa")
+    leaves = [given[name].requires_grad_() for name in names]
+    do = torch.randn(seqlen, spec.heads.query, spec.head_dim.v, dtype=given["q"].dtype, device="cuda")
+
+    def step(*tensors: object) -> tuple[object, ...]:
+        o = ops.nsa_attention(*tensors, spec=spec, **options)
+        return o, *torch.autograd.grad(o, tensors, do)
+
+    return step, leaves, do
+
+
 def compile(_: str) -> str:
     import torch
 
     forward, given = _forward(4096)
     eager, compiled = forward(**given), torch.compile(forward, fullgraph=True)(**given)
     assert torch.equal(eager, compiled), "torch.compile differs from eager"
-    return "bit-equal at 4096 tokens"
+    step, leaves, do = _step(4096, deterministic=True)
+
+    def loss(*tensors: object) -> object:
+        from nsa_gen import ops
+
+        return (ops.nsa_attention(*tensors, spec="gqa16-d128", deterministic=True) * do).sum()
+
+    gradients = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for found, wanted in zip(gradients, step(*leaves)[1:], strict=True):
+        assert torch.equal(found, wanted), "gradients of a compiled step differ from eager"
+    return "forward and training step bit-equal at 4096 tokens"
 
 
 def graph(_: str) -> str:
     import torch
 
     forward, given = _forward(4096)
-    eager = forward(**given).clone()
-    forward(**given)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        out = forward(**given)
-    out.zero_()
-    captured.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(eager, out), "the replayed graph differs from eager"
-    return "bit-equal at 4096 tokens"
+    step, leaves, _ = _step(4096, deterministic=False)
+    for name, call, arguments in (("forward", lambda: (forward(**given),), ()), ("training step", lambda: step(*leaves), leaves)):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # autograd's accumulation must have run on the capturing stream
+            eager = [x.clone() for x in call()]
+            call()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            out = call()
+        for x in out:
+            x.detach().zero_()
+        captured.replay()
+        torch.cuda.synchronize()
+        for i, (x, y) in enumerate(zip(eager, out, strict=True)):
+            exact = not arguments or i in (0, 1, 4, 5, 6)  # of K and V, atomic sums end in other bits
+            close = torch.equal(x, y) if exact else (x - y).float().norm() <= 4e-3 * x.float().norm()
+            assert bool(close), f"the replayed graph's {name} differs from eager in result {i}"
+    return "forward and training step equal at 4096 tokens"
+
+
+def gradients(spec_name: str) -> str:
+    """Gradients through the whole operator, at most twice as wrong as those of plain PyTorch in the same dtype."""
+    import torch
+
+    from nsa_gen import bench, ops, reference
+    from nsa_gen.spec import Heads, load
+
+    spec = load(spec_name)
+    spec = spec.replace(heads=Heads(2 * spec.group, 2))
+    lengths = (1153, 0, 31, 1, 300)
+    total = sum(lengths)
+    cu = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32, device="cuda")
+    given = bench.tensors(spec, total)
+
+    def leaves(dtype: torch.dtype) -> tuple[dict[str, object], list[object]]:
+        made = {
+            name: tuple(y.detach().to(dtype).requires_grad_() for y in x) if isinstance(x, tuple) else x.detach().to(dtype).requires_grad_()
+            for name, x in given.items()
+        }
+        return made, [y for x in made.values() for y in (x if isinstance(x, tuple) else (x,))]
+
+    made, flat = leaves(given["q"].dtype)
+    at = {"spec": spec, "cu_seqlens": cu, "max_seqlen": max(lengths)}
+    o = ops.nsa_attention(**made, **at)
+    do = torch.randn_like(o)
+    found = torch.autograd.grad(o, flat, do)
+    with torch.no_grad():  # the choice of blocks is held fixed: a tie within rounding is not an error of a gradient
+        k, v = (x[0] if isinstance(x, tuple) else x for x in (made["k"], made["v"]))
+        k_cmp, v_cmp = ops.compress(k, made["phi_k"], **at), ops.compress(v, made["phi_v"], which="v", **at)
+        lse = ops.compressed_attention(made["q"], k_cmp, v_cmp, **at)[1]
+        blocks = ops.select_blocks(made["q"], k_cmp, lse, **at)
+    exact, eager = (_reference_gradients(reference, spec, *leaves(d), do, cu, blocks, d) for d in (torch.float64, o.dtype))
+    worst, names = 0.0, [f"{name}[{i}]" for name, x in made.items() for i in range(len(x) if isinstance(x, tuple) else 1)]
+    size = max(float(x.norm()) for x in exact)
+    for name, x, y, z in zip(names, found, exact, eager, strict=True):
+        assert bool(torch.isfinite(x).all()), f"gradient of {name} is not finite"
+        error, allowed = (float((w.double() - y).norm()) for w in (x, z))
+        scale = float(y.norm())
+        if scale < 1e-9 * size:  # nothing but rounding, as the gradient of a bias that softmax does not see
+            continue
+        assert error <= 2 * allowed + 1e-3 * scale, f"gradient of {name}: {error / scale:.1e}, PyTorch's {allowed / scale:.1e}"
+        worst = max(worst, error / max(allowed, 1e-30))
+    return f"{len(names)} gradients, at most {worst:.2f} of the error of {str(o.dtype).removeprefix('torch.')} PyTorch"
+
+
+def _reference_gradients(reference, spec, made, flat, do, cu, blocks, dtype):  # type: ignore[no-untyped-def]
+    import torch
+
+    phi = {"weights_k": made.pop("phi_k"), "weights_v": made.pop("phi_v")}
+    o = reference.nsa_attention(**made, **phi, spec=spec, cu_seqlens=cu, block_indices=blocks, dtype=dtype)
+    return torch.autograd.grad(o, flat, do.to(dtype))
+
+
+def deterministic(_: str) -> str:
+    import torch
+
+    step, leaves, _do = _step(8192, deterministic=True)
+    first = step(*leaves)
+    for _run in range(19):
+        for x, y in zip(first, step(*leaves), strict=True):
+            assert torch.equal(x, y), "a backward differs from the first"
+    return "20 backwards at 8192 tokens bit-equal"
+
+
+def training(_: str) -> str:
+    import torch
+
+    said = []
+    for seqlen in (65536, 262144):
+        step, leaves, do = _step(seqlen)
+        step(*leaves)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        made = step(*leaves)
+        torch.cuda.synchronize()
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+        assert all(bool(torch.isfinite(x).all()) for x in made), "a gradient is not finite"
+        assert seqlen > 65536 or extra < 10, f"{extra:.1f} GiB beyond inputs at 64k"
+        said.append(f"{seqlen // 1024}k: {extra:.2f} GiB")
+        del made, step, leaves, do
+        torch.cuda.empty_cache()
+    return "beyond inputs and output gradient, results and saved tensors included: " + ", ".join(said)
 
 
 def long(_: str) -> str:
@@ -111,7 +265,11 @@ def long(_: str) -> str:
     return f"{LONG // 1024}k tokens in {time.time() - start:.2f} s with compiling, {extra / 2**30:.2f} GiB beyond inputs and output"
 
 
-CHILDREN = {"memcheck": memcheck, "compile": compile, "graph": graph, "long": long}
+CHILDREN = {
+    "memcheck": memcheck, "racecheck": memcheck, "compile": compile, "graph": graph, "gradients": gradients, "deterministic": deterministic,
+    "long": long, "training": training,
+}  # fmt: skip
+_ALL = "verify,memcheck,racecheck,gradients,deterministic,compile,graph,long,training"
 
 
 def _run(name: str, command: list[str], limit: int, **env: str) -> dict[str, object]:
@@ -138,7 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--specs", default="")
-    parser.add_argument("--only", default="verify,memcheck,compile,graph,long")
+    parser.add_argument("--only", default=_ALL)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -152,17 +310,19 @@ def main() -> int:
     specs, only = arguments.specs.split(",") if arguments.specs else names(), arguments.only.split(",")
     here = [sys.executable, str(Path(__file__).resolve()), "--child"]
     checks: list[tuple[str, list[str], dict[str, str]]] = []
-    if "memcheck" in only:
+    for tool in ("memcheck", "racecheck"):
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        child = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--log-file", os.devnull, *here, "memcheck"]
-        checks += [(f"memcheck {name}", [*child, name], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}) for name in ("gqa16-d128", "nsa-paper")]
-    checks += [(name, [*here, name, ""], {}) for name in ("compile", "graph") if name in only]
+        child = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--log-file", os.devnull, *here, tool]
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        checks += [(f"{tool} {name}", [*child, name], uncached) for name in ("gqa16-d128", "nsa-paper") if tool in only]
+    checks += [(name, [*here, name, ""], {}) for name in ("compile", "graph", "deterministic") if name in only]
     if "verify" in only:
         checks += [(f"verify {name}", [sys.executable, "-m", "nsa_gen", "verify", name], {}) for name in specs]
+    if "gradients" in only:
+        checks += [(f"gradients {name}", [*here, "gradients", name], {}) for name in specs]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(lambda check: _run(check[0], check[1], 300, **check[2]), checks))
-    if "long" in only:
-        results.append(_run("long", [*here, "long", ""], 300))
+    results += [_run(name, [*here, name, ""], 300) for name in ("long", "training") if name in only]
     for row in results:
         print(f"{'ok ' if row['ok'] else 'BAD'} {row['check']:24} {row['seconds']:6.1f} s  {row['result']}")
     if arguments.json:

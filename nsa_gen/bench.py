@@ -1,4 +1,4 @@
-"""``nsa-gen bench``: the forward of one spec, whole and by part, against full attention, all interleaved in one run.
+"""``nsa-gen bench``: the forward of one spec (or a training step), whole and by part, against full attention, interleaved in one run.
 
 Everything is measured the same way (``nsa_gen.timing``: cold L2, launches unrolled in a CUDA graph), so launch overhead is left out
 on all sides. Full attention is torch's ``scaled_dot_product_attention`` on its flash and cuDNN backends, causal, with the same heads. The
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import bench_training
 from .device import current
 from .errors import InputError, NSAError
 from .spec import Spec
@@ -20,18 +22,22 @@ SEQLENS = (8192, 16384, 32768, 65536)
 Progress = Callable[[str, int, int], None]
 
 
-def run(spec: Spec, seqlens: list[int] | None = None, *, rounds: int = 10, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    spec: Spec, seqlens: list[int] | None = None, *, rounds: int = 10, training: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Measure on the current GPU.
 
     Args:
         spec: geometry; its dtype must be one torch's fused attention takes for the comparison to run (bfloat16, float16).
         seqlens: lengths of the one sequence of each shape.
         rounds: interleaved rounds; medians and the bootstrap interval of the speed-ups are over these.
+        training: forward and backward instead of the forward for inference.
         progress: called with a description, steps done, steps in all.
 
     Returns:
-        plain values: ``spec``, ``environment``, ``ceilings`` and ``shapes``, each with ``entries`` (median, p20, p80 in ms, TFLOP/s where
-        the arithmetic is known, peak MiB beyond the inputs; or ``error``) and ``speedups`` of the whole forward over each full attention.
+        plain values: ``spec``, ``environment``, ``ceilings``, ``whole`` (the entry that is compared) and ``shapes``, each with ``entries``
+        (median, p20, p80 in ms, TFLOP/s where the arithmetic is known, peak MiB beyond the inputs; or ``error``) and ``speedups`` of the
+        whole over each full attention.
 
     Raises:
         TargetError: no GPU.
@@ -45,11 +51,12 @@ def run(spec: Spec, seqlens: list[int] | None = None, *, rounds: int = 10, progr
         "spec": spec.to_dict(),
         "environment": {"slug": device.slug, **_environment()},
         "ceilings": _ceilings(),
+        "whole": bench_training.WHOLE if training else WHOLE,
         "shapes": [],
     }
     for done, seqlen in enumerate(seqlens, 1):
         report(f"{spec.name}, {seqlen} tokens", done, steps)
-        result["shapes"].append(_shape(spec, seqlen, rounds))
+        result["shapes"].append(_shape(spec, seqlen, rounds, training))
     report("done", steps, steps)
     return result
 
@@ -147,7 +154,7 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     fused = (o_cmp.clone(), gates, lse.clone(), scale, paths.workspace_bytes(), 0, (None, 1, len(q)))
 
     return {
-        "whole forward": lambda: ops.nsa_attention(
+        WHOLE: lambda: ops.nsa_attention(
             q, given["k"], given["v"], *gates, spec=spec, phi_k=given["phi_k"], phi_v=given["phi_v"]
         ),
         "compress K and V": compress,
@@ -160,7 +167,7 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     }  # fmt: skip
 
 
-def full_attention(spec: Spec, given: dict[str, Any], backend: str) -> tuple[Callable[[], Any], str]:
+def full_attention(spec: Spec, given: dict[str, Any], backend: str, training: bool = False) -> tuple[Callable[[], Any], str]:
     """Causal full attention over the same heads on torch's ``FLASH_ATTENTION`` or ``CUDNN_ATTENTION``, and how it had to be called.
 
     Grouped heads are handed over as such where the backend takes them, else K and V are expanded before the timing; unequal head dims are
@@ -192,14 +199,15 @@ def full_attention(spec: Spec, given: dict[str, Any], backend: str) -> tuple[Cal
         keys, values = form()
         grouped = keys.shape[1] != q.shape[1]
 
-        def attend(keys: Any = keys, values: Any = values, grouped: bool = grouped) -> Any:
+        def attend(q: Any, keys: Any, values: Any, grouped: bool = grouped) -> Any:
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 return torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
 
         try:
-            attend()
+            call = bench_training.with_gradients(attend, q, keys, values) if training else partial(attend, q, keys, values)
+            call()
             torch.cuda.synchronize()
-            return attend, note
+            return call, note
         except RuntimeError as error:
             fault = error
     raise InputError(f"torch's {backend} does not take this geometry: {str(fault).partition(chr(10))[0]}")
@@ -207,10 +215,11 @@ def full_attention(spec: Spec, given: dict[str, Any], backend: str) -> tuple[Cal
 
 #: Parts that "selected, sliding, gates" does in one; the operators of each alone.
 _APART = ("selected attention", "sliding attention", "combine")
+WHOLE = "whole forward"
 _FULL = {"full, flash": "FLASH_ATTENTION", "full, cuDNN": "CUDNN_ATTENTION"}
 
 
-def _shape(spec: Spec, seqlen: int, rounds: int) -> dict[str, Any]:
+def _shape(spec: Spec, seqlen: int, rounds: int, training: bool) -> dict[str, Any]:
     import torch
 
     from . import timing
@@ -219,14 +228,15 @@ def _shape(spec: Spec, seqlen: int, rounds: int) -> dict[str, Any]:
     entries: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, Any] = {}
+    whole = bench_training.WHOLE if training else WHOLE
     try:
-        found = parts(spec, given)
+        found = (bench_training.parts if training else parts)(spec, given)
     except (NSAError, torch.OutOfMemoryError) as error:
-        entries.append({"name": "whole forward", "error": str(error).partition("\n")[0]})
+        entries.append({"name": whole, "error": str(error).partition("\n")[0]})
     notes: dict[str, str] = {}
     for name, backend in _FULL.items():
         try:
-            found[name], notes[name] = full_attention(spec, given, backend)
+            found[name], notes[name] = full_attention(spec, given, backend, training)
         except (InputError, torch.OutOfMemoryError) as error:
             entries.append({"name": name, "error": str(error).partition("\n")[0]})
     for name, call in found.items():
@@ -238,7 +248,7 @@ def _shape(spec: Spec, seqlen: int, rounds: int) -> dict[str, Any]:
         calls[name] = call
         entries.append({"name": name, "peak_mib": peak, "note": notes.get(name, "")})
     samples = dict(zip(calls, timing.interleaved(list(calls.values()), rounds), strict=True))
-    work = _flops(spec, seqlen)
+    work = bench_training.flops(spec, seqlen) if training else _flops(spec, seqlen)
     for entry in entries:
         if entry["name"] not in samples:
             continue
@@ -249,8 +259,8 @@ def _shape(spec: Spec, seqlen: int, rounds: int) -> dict[str, Any]:
             entry["tflop_s"] = work[entry["name"]] / entry["median_ms"] / 1e9
     speedups = {}
     for name in _FULL:
-        if name in samples and "whole forward" in samples:
-            estimate, low, high = timing.speedup_interval(samples[name], samples["whole forward"])
+        if name in samples and whole in samples:
+            estimate, low, high = timing.speedup_interval(samples[name], samples[whole])
             speedups[name] = {"estimate": estimate, "low": low, "high": high}
     return {"seqlen": seqlen, "entries": entries, "speedups": speedups}
 
@@ -283,7 +293,7 @@ def _flops(spec: Spec, seqlen: int) -> dict[str, float]:
         )
     }
     full = spec.heads.query * (spec.head_dim.qk + spec.head_dim.v) * seqlen * (seqlen + 1)
-    return {**each, "whole forward": sum(each.values()), **dict.fromkeys(_FULL, full)}
+    return {**each, WHOLE: sum(each.values()), **dict.fromkeys(_FULL, full)}
 
 
 # --- showing -------------------------------------------------------------------------------------------------------------------
@@ -325,22 +335,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
     times = {(s["seqlen"], e["name"]): e["median_ms"] for s in shapes for e in s["entries"] if "median_ms" in e}
     lengths = [shape["seqlen"] for shape in shapes]
     names = list(dict.fromkeys(entry["name"] for shape in shapes for entry in shape["entries"]))
+    whole = result.get("whole", WHOLE)
+    apart = _APART if whole == WHOLE else ("forward", "backward")
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title(result), fontsize=8)
     left, right = figure.subplots(1, 2)
-    for name in ("whole forward", *_FULL):
+    for name in (whole, *_FULL):
         known = [n for n in lengths if (n, name) in times]
         if known:
             left.plot(known, [times[n, name] for n in known], marker="o", label=name)
-    left.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="ms, forward")
+    left.set(xscale="log", yscale="log", xlabel="sequence length", ylabel=f"ms, {whole}")
     left.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], minor=False)
     left.legend(fontsize=8)
     floor = [0.0] * len(lengths)
-    for name in (name for name in names if name not in ("whole forward", *_FULL, *_APART)):
+    for name in (name for name in names if name not in (whole, *_FULL, *apart)):
         heights = [times.get((n, name), 0.0) for n in lengths]
         right.bar([str(n) for n in lengths], heights, bottom=floor, label=name)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    right.set(xlabel="sequence length", ylabel="ms, parts of the forward")
+    right.set(xlabel="sequence length", ylabel="ms, parts of the forward" if whole == WHOLE else "ms, parts of the backward")
     right.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -272,12 +272,13 @@ def bench(
     spec: SpecArg,
     seqlen: Seqlens = None,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="Interleaved rounds.")] = 10,
+    training: Annotated[bool, typer.Option("--training", help="Forward and backward.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result as JSON to FILE (- for stdout).", metavar="FILE")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result to FILE (.svg, .png, .pdf).", metavar="FILE")] = None,
 ) -> None:
-    """Time the forward of SPEC, whole and by part, against full attention, in one interleaved run on this GPU."""
+    """Time SPEC, whole and by part, against full attention, in one interleaved run on this GPU: its forward, or a training step."""
     from . import bench as benchmark
     from . import spec as specs
 
@@ -288,7 +289,7 @@ def bench(
         def step(description: str, done: int, total: int) -> None:
             bar.update(task, description=description, completed=done, total=total)
 
-        result = benchmark.run(chosen, lengths, rounds=rounds, progress=step)
+        result = benchmark.run(chosen, lengths, rounds=rounds, training=training, progress=step)
     if str(json_file) == "-":
         console.emit(result)
     else:

@@ -215,7 +215,7 @@ def _nsa_attention_save_fake(
     return o, *(o for o, _ in attended), *(lse for _, lse in attended), block_indices, *made
 
 
-_nsa_attention_backward = register(
+nsa_attention_backward = register(
     "nsa_attention_bwd",
     f"(Tensor do, {_GIVEN}, Tensor[] saved, {_DETERMINISTIC}) -> Tensor[]",
     backward.gradients,
@@ -226,7 +226,7 @@ _nsa_attention_backward = register(
 def _of_nsa_attention(inputs: tuple[Any, ...], outputs: tuple[Any, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
     """``outputs``: what the forward kept; nothing to run it again. Of ``grads`` only the first can be asked for."""
     _, k, v, _, _, _, phi_k, phi_v, k_cmp, _ = inputs[:_CU_SEQLENS]
-    found = iter(_nsa_attention_backward(grads[0], *inputs[:_CU_SEQLENS], list(outputs), *inputs[_CU_SEQLENS:]))
+    found = iter(nsa_attention_backward(grads[0], *inputs[:_CU_SEQLENS], list(outputs), *inputs[_CU_SEQLENS:]))
     dq, dk, dv = next(found), [next(found) for _ in k], [next(found) for _ in v]
     dgates = next(found), next(found), next(found)
     dphi = [next(found) for _ in phi_k], [next(found) for _ in phi_v]

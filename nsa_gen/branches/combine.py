@@ -11,7 +11,6 @@ from .. import kernels
 from ..config import Problem, Shape
 from ._inputs import ready, ready_flat
 
-
 Three = tuple[Tensor, Tensor, Tensor]
 
 
