@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config import Shape
 from . import combine, compression, forward, selection, sliding
-from ._inputs import ready
+from ._inputs import geometry, ready
 
 #: How many tensors :func:`forward.training` gives beside the result: three outputs, three LSEs, block indices, compressed K and V.
 SAVED = 9
@@ -41,13 +41,17 @@ def gradients(
     k_slc, k_swa, v_slc, v_swa = forward.attended(k, v)
     shared_k, shared_v = len(k) == 1, len(v) == 1
     dtype = torch.float32 if shared_k or shared_v else q.dtype
+    # With the same K and V, selected attention's local blocks are sliding attention's keys too.
+    g = geometry(key)
+    local = g.local if shared_k and shared_v else 0
+    selected = (lse_slc, deltas[1], gates[1], g.selection_block, local) if local else None
     dq, dk_slc, dv_slc = selection.selected_attention_bwd(
-        q, k_slc, v_slc, block_indices, do, lse_slc, deltas[1], gates[1], *sequences, scale, deterministic, dtype
+        q, k_slc, v_slc, block_indices, do, lse_slc, deltas[1], gates[1], *sequences, scale, deterministic, dtype, local
     )
     # φ's gradients are added to float32 sums; without φ, sliding attention writes the result.
     dk, dv = (dk_slc if shared_k else None), (dv_slc if shared_v else None)
     dq, dk, dv = sliding.sliding_attention_bwd(
-        q, k_swa, v_swa, do, lse_swa, deltas[2], gates[2], *sequences, scale, dq, dk, dv, q.dtype if given else dtype
+        q, k_swa, v_swa, do, lse_swa, deltas[2], gates[2], *sequences, scale, dq, dk, dv, q.dtype if given else dtype, selected
     )
     dq, dk_cmp, dv_cmp = compression.compressed_attention_bwd(
         q, made_k, made_v, do, lse_cmp, deltas[0], gates[0], *sequences, scale, deterministic, dq

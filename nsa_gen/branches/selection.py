@@ -130,17 +130,18 @@ def selected_attention_fake(
 
 def selected_attention_bwd(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, do: Tensor, lse: Tensor, delta: Tensor, gate: Tensor,
-    cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float, deterministic: bool, dtype: torch.dtype,
+    cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float, deterministic: bool, dtype: torch.dtype, local: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of ``gate * selected_attention``: ``dq [T,Hq,Dqk]``, and ``dk [T,Hkv,Dqk]``, ``dv [T,Hkv,Dv]`` in ``dtype``.
 
     Args:
         do, lse, delta, gate, deterministic: as for ``compressed_attention_bwd``.
+        local: how many blocks of a query, its own the last, to leave out (of indices as ``select_blocks_fwd`` makes them).
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     if q.shape[0]:
         run = kernel("selected_attention_bwd", key, q, cu_seqlens, Shape(max_seqlen, batch * k.shape[1]), deterministic)
         given = (ready(q), ready(k), ready(v), ready_flat(block_indices), ready(do), lse, delta, gate)
-        run(*given, dq, dk, dv, None, scale, paths.workspace_bytes(), cu_seqlens, batch, max_seqlen)
+        run(*given, dq, dk, dv, None, scale, paths.workspace_bytes(), cu_seqlens, batch, max_seqlen, local)
     return dq, dk, dv

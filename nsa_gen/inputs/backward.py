@@ -136,25 +136,56 @@ class _CompressedAttentionBackward(_AttentionBackward):
 
 
 class _SlidingAttentionBackward(_AttentionBackward):
+    """With selected attention's local blocks, as in the backward of the whole: of a size that is no part of the key."""
+
+    block, local = 64, 2
+
     def choose(self, case: Case, values: Values) -> None:
         for name in self.keys:
             case.tensors[f"d{name}_add"] = values.normal(*case.tensors[name].shape).float()
+        shape = (case.total, case.heads_query)
+        lse = values.empty(*shape, dtype=torch.float32)
+        if values.real:
+            lse = self._attended(case, self._blocks(case), case.dtype if case.device.type == "cuda" else torch.float32).float()
+        numbers = lse, values.normal(*shape).float(), values.normal(*shape).float().sigmoid()
+        case.tensors["selected"] = (*numbers, self.block, self.local)
+
+    def _blocks(self, case: Case) -> Tensor:
+        """The local blocks as block indices."""
+        own = positions(case.seqlens, case.device)[:, None] // self.block
+        blocks = (own - torch.arange(self.local, device=case.device)).clamp(min=-1)
+        return blocks[:, None].expand(-1, case.heads_kv, -1)
+
+    def _attended(self, case: Case, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+        t = case.tensors
+        return reference.selected_attention(
+            t["q"], t["k"], t["v"][..., :1], blocks, self.block, t["scale"], case.cu_seqlens, dtype=dtype
+        )[1]
 
     def lse(self, case: Case, dtype: torch.dtype) -> Tensor:
         t = case.tensors
-        return reference.sliding_attention(t["q"], t["k"], t["v"][..., :1], case.problem.window, t["scale"], case.cu_seqlens, dtype=dtype)[
-            1
-        ]
+        narrow = t["v"][..., :1]  # the LSE does not depend on v
+        return reference.sliding_attention(t["q"], t["k"], narrow, case.problem.window, t["scale"], case.cu_seqlens, dtype=dtype)[1]
 
     def visible(self, case: Case) -> reference_backward.Visible:
         return reference_backward.sees_window(case.problem.window)
+
+    def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        t, found = case.tensors, super().expected(case, queries, dtype)
+        lse, delta, gate, block, _ = t["selected"]
+        local = reference_backward.attention_backward(
+            t["q"], t["k"], t["v"], t["do"], lse, delta, gate, reference_backward.sees_selected(self._blocks(case), block), t["scale"],
+            self.offsets(case), case.cu_seqlens, queries, queries, dtype,
+        )  # fmt: skip
+        return {name: found[name] + more for name, more in zip(("dq", "dk", "dv"), local, strict=True)}
 
     def pairs(self, case: Case) -> int:
         return int((positions(case.seqlens) + 1).clamp(max=case.problem.window).sum())
 
     def run(self, case: Case, host: Any) -> None:
         t, o = case.tensors, case.outputs
-        host(*self.given(case), o["dq"], o["dk"], o["dv"], t["dq_add"], t["dk_add"], t["dv_add"], t["scale"], *sequences(case))
+        added = t["dq_add"], t["dk_add"], t["dv_add"]
+        host(*self.given(case), o["dq"], o["dk"], o["dv"], *added, t["scale"], *sequences(case), t["selected"])
 
 
 class _SelectedAttentionBackward(_AttentionBackward):
@@ -178,7 +209,8 @@ class _SelectedAttentionBackward(_AttentionBackward):
 
     def run(self, case: Case, host: Any) -> None:
         t, o = case.tensors, case.outputs
-        host(*self.given(case), o["dq"], o["dk"], o["dv"], t["dq_add"], t["scale"], t["workspace_bytes"], *sequences(case))
+        last = (*sequences(case), t.get("local", 0))
+        host(*self.given(case), o["dq"], o["dk"], o["dv"], t["dq_add"], t["scale"], t["workspace_bytes"], *last)
 
 
 class _CombineBackward(Call):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from .records import Built, Failure, Measured, Point
 SPILL_LIMIT = 256  # bytes a thread on the stack; past it a kernel has never been seen to win
 STOP_AT = 1.3  # a candidate this much slower than the best is not measured to the end
 QUERIES = 256
+_LOCAL = 2  # local blocks that the backward of selected attention is timed without: sliding attention's serves them
 _WINDOW_BLOCKS = 8  # selection blocks in the window that selected attention is timed with
 FLOOR_MS = 1e-5  # timings with the flush of the L2 cache subtracted may come out at nothing; ratios need more than that
 CONTEXT_LOST = re.compile(
@@ -226,7 +228,13 @@ def _remembered(expected: Any) -> Any:
 
 
 def _call(case: Any, module: Any, device: Device | None) -> Any:
-    """What is timed: the kernel; selected attention with the fused end of the forward, to which its loop orders leave different work."""
+    """What is timed: the kernel as a call of the whole operator has it. To selected attention belongs the fused end of the forward, to which
+    its loop orders leave different work.
+    """
+    if case.problem.kernel == "selected_attention_bwd":
+        timed = copy(case)
+        timed.tensors = case.tensors | {"local": min(_LOCAL, case.problem.count - 1)}
+        return lambda: timed.run(module)
     if case.problem.kernel != "selected_attention_fwd":
         return lambda: case.run(module)
     import torch
