@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import InputError, NotTuned, NSAError, SpecError
     from .kernels import override, resolve
     from .lookup import Resolution
-    from .module import NSAAttention
+    from .module import NSAttention
     from .ops import (
         combine,
         compress,
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "InputError": "errors",
-    "NSAAttention": "module",
+    "NSAttention": "module",
     "NSAError": "errors",
     "NotTuned": "errors",
     "Resolution": "lookup",
@@ -50,7 +50,7 @@ _HOME = {
 }
 
 __all__ = [
-    "InputError", "NSAAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
+    "InputError", "NSAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
     "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 ]  # fmt: skip
 

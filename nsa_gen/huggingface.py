@@ -16,7 +16,7 @@ transformers calls an attention function with q, k and v alone. So :func:`prepar
 what else the maths needs, and a hook that computes the gates from the hidden states the module was called with; the function that
 :func:`register` registers finds them. It is for causal decoders whose attention follows ``AttentionInterface`` (Llama, Qwen and most
 others), on whole sequences: training, and forwards without a filled KV cache. The branches share K and V, and φ reads keys as the model
-rotated them, which suits ``mean`` and ``weighted`` (see :class:`nsa_gen.NSAAttention`; ``linear`` and ``mlp`` then see absolute positions).
+rotated them, which suits ``mean`` and ``weighted`` (see :class:`nsa_gen.NSAttention`; ``linear`` and ``mlp`` then see absolute positions).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``NSAAttention``: Native Sparse Attention as a layer (arXiv 2502.11089): projections, gates, φ's weights and the place for RoPE."""
+"""``NSAttention``: Native Sparse Attention as a layer (arXiv 2502.11089): projections, gates, φ's weights and the place for RoPE."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PHI_KEYS = ("rotated", "unrotated")
 Rope = Callable[[Tensor, Tensor], Tensor]
 
 
-class NSAAttention(nn.Module):
+class NSAttention(nn.Module):
     """Causal self-attention by Native Sparse Attention, with all its parameters (paper eqs. 5-12, section 3.3).
 
     ::
 
-        layer = nsa_gen.NSAAttention(4096, "gqa16-d128", rope=500000.0, device="cuda", dtype=torch.bfloat16)
+        layer = nsa_gen.NSAttention(4096, "gqa16-d128", rope=500000.0, device="cuda", dtype=torch.bfloat16)
         y = layer(x, cu_seqlens=cu_seqlens, max_seqlen=longest)     # x [T,4096] packed, or [B,S,4096] batched
 
     Parameters, with ``Hq``, ``Hkv``, ``Dqk``, ``Dv`` and ``l`` of the spec:
@@ -375,7 +375,7 @@ def _is_theta(rope: Any) -> bool:
 
 
 def _read_state(state: Any, key: str) -> dict[str, Any]:
-    """What :meth:`NSAAttention.get_extra_state` wrote; also from a tensor cast with the parameters, as floats hold bytes exactly."""
+    """What :meth:`NSAttention.get_extra_state` wrote; also from a tensor cast with the parameters, as floats hold bytes exactly."""
     try:
         found = json.loads(bytes(state.to(device="cpu", dtype=torch.uint8).tolist()))
         if not isinstance(found, dict) or not isinstance(found.get("version", 1), int):

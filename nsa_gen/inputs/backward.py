@@ -158,9 +158,8 @@ class _SlidingAttentionBackward(_AttentionBackward):
 
     def _attended(self, case: Case, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         t = case.tensors
-        return reference.selected_attention(
-            t["q"], t["k"], t["v"][..., :1], blocks, self.block, t["scale"], case.cu_seqlens, dtype=dtype
-        )[1]
+        given = t["q"], t["k"], t["v"][..., :1]
+        return reference.selected_attention(*given, blocks, self.block, t["scale"], case.cu_seqlens, dtype=dtype)[1]
 
     def lse(self, case: Case, dtype: torch.dtype) -> Tensor:
         t = case.tensors

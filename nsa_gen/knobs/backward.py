@@ -51,8 +51,8 @@ SPACES["sliding_attention_bwd"] = Space(
     knobs=(*_dq_knobs({}), *_DKV_KNOBS),
     defaults={
         "": lambda p: _tiles(p, wgmma=False),
-        "sm_90": lambda p: _tiles(p, wgmma=True),
-        "sm_100": lambda p: _tiles(p, wgmma=True),
+        "sm_90": lambda p: _tiles(p, wgmma=True, small=32),
+        "sm_100": lambda p: _tiles(p, wgmma=True, small=32),
     },
     safe=lambda p: _small(p),
     illegal=lambda p, c: _tile_fault(p, c),
@@ -69,19 +69,21 @@ def _small(p: Problem) -> dict[str, Value]:
     return rows | {"dkv_mask": "edges", "KEYS": tile, "ROWS": tile, "dkv_warps": 4, "dkv_stages": 1}
 
 
-def _tiles(p: Problem, wgmma: bool) -> dict[str, Value]:
+def _tiles(p: Problem, wgmma: bool, small: int = 64) -> dict[str, Value]:
+    """``small``: the shorter side of tiles. Sliding attention serves a second branch besides, whose numbers take registers."""
     if p.dtype == "float32" or (_wide(p) and not wgmma):
         return _small(p)
     if not wgmma:  # operands wait in registers, and there is little shared memory
         rows = {"loads": "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": 32, "dq_warps": 4, "dq_stages": 1}
         return rows | {"dkv_mask": "edges", "KEYS": 64, "ROWS": 32, "dkv_warps": 4, "dkv_stages": 1}
     whole = not any(dim & (dim - 1) for dim in (p.head_dim_qk, p.head_dim_v))
-    keys, warps = (32, 8) if _wide(p) else (64, 4)
-    rows = {"loads": "descriptor" if whole else "pointer", "dq_mask": "edges", "DQ_M": 64, "DQ_N": keys, "dq_warps": warps, "dq_stages": 2}
+    rows = {"loads": "descriptor" if whole else "pointer", "dq_mask": "edges", "DQ_M": 64}
     if _wide(p):
+        rows |= {"DQ_N": 32, "dq_warps": 8, "dq_stages": 2}
         return rows | {"dkv_mask": "all", "KEYS": 64, "ROWS": 32, "dkv_warps": 8, "dkv_stages": 2}
     # Many keys a tile: q and do come from L2 once for each.
-    return rows | {"dkv_mask": "all", "KEYS": 128, "ROWS": 64, "dkv_warps": 8, "dkv_stages": 3}
+    rows |= {"DQ_N": small, "dq_warps": 4, "dq_stages": 2 if small == 64 else 3}
+    return rows | {"dkv_mask": "all", "KEYS": 128, "ROWS": small, "dkv_warps": 8, "dkv_stages": 3}
 
 
 def _tile_fault(p: Problem, c: Config) -> str | None:

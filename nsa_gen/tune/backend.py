@@ -228,8 +228,8 @@ def _remembered(expected: Any) -> Any:
 
 
 def _call(case: Any, module: Any, device: Device | None) -> Any:
-    """What is timed: the kernel as a call of the whole operator has it. To selected attention belongs the fused end of the forward, to which
-    its loop orders leave different work.
+    """What is timed: the kernel as a call of the whole operator has it. To selected attention belongs the fused end of the forward, to
+    which its loop orders leave different work.
     """
     if case.problem.kernel == "selected_attention_bwd":
         timed = copy(case)
