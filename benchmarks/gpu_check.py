@@ -272,8 +272,8 @@ def long(_: str) -> str:
 
 
 CHILDREN = {
-    "memcheck": memcheck, "racecheck": racecheck, "compile": compile, "graph": graph, "gradients": gradients, "deterministic": deterministic,
-    "long": long, "training": training,
+    "memcheck": memcheck, "racecheck": racecheck, "compile": compile, "graph": graph, "gradients": gradients,
+    "deterministic": deterministic, "long": long, "training": training,
 }  # fmt: skip
 _ALL = "verify,memcheck,racecheck,gradients,deterministic,compile,graph,long,training"
 

@@ -50,7 +50,7 @@ _HOME = {
 }
 
 __all__ = [
-    "InputError", "NSAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
+    "InputError", "NSAError", "NSAttention", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
     "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 ]  # fmt: skip
 

@@ -48,6 +48,9 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     deltas, factors, _ = numbers()
     k_slc, k_swa, v_slc, v_swa = forward.attended(k, v)
     dtype = torch.float32 if len(k) == 1 or len(v) == 1 else q.dtype
+    # As in the whole backward: with the same K and V, sliding attention serves the local blocks.
+    local = spec.selection.local if len(k) == len(v) == 1 else 0
+    beside = (lse_slc, deltas[1], factors[1], spec.selection.block, local) if local else None
 
     def compress() -> None:
         compression.compress_bwd(k[0], phi_k, k_cmp, *sequences[:2], "k", *sequences[2:])
@@ -63,9 +66,11 @@ def parts(spec: Spec, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
             q, k_cmp, v_cmp, do, lse_cmp, deltas[0], factors[0], *at, False
         ),
         "selected attention": lambda: selection.selected_attention_bwd(
-            q, k_slc, v_slc, block_indices, do, lse_slc, deltas[1], factors[1], *at, False, dtype
+            q, k_slc, v_slc, block_indices, do, lse_slc, deltas[1], factors[1], *at, False, dtype, local
         ),
-        "sliding attention": lambda: sliding.sliding_attention_bwd(q, k_swa, v_swa, do, lse_swa, deltas[2], factors[2], *at),
+        "sliding attention": lambda: sliding.sliding_attention_bwd(
+            q, k_swa, v_swa, do, lse_swa, deltas[2], factors[2], *at, selected=beside
+        ),
     }
 
 

@@ -70,8 +70,8 @@ def _compile(targets: list[devices.Device], jobs: int | None, progress: Callable
             builds |= dict.fromkeys(found)
             sources |= {render(build.problem, build.config).digest for build in found}
     print(
-        f"1. {len(chosen)} specs render to {len(sources)} kernel modules (the backward's of {' and '.join(TRAINED)}); compiling {len(builds)} "
-        f"for {', '.join(t.slug for t in targets)}"
+        f"1. {len(chosen)} specs render to {len(sources)} kernel modules (the backward of {' and '.join(TRAINED)}); "
+        f"compiling {len(builds)} for {', '.join(t.slug for t in targets)}"
     )
     sys.stdout.flush()
     built: list[precompile.Built] = []

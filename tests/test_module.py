@@ -15,7 +15,7 @@ from torch import Tensor
 import nsa_gen
 from nsa_gen import InputError, SpecError, reference
 from nsa_gen.branches._inputs import tokens_of
-from nsa_gen.module import NSAAttention
+from nsa_gen.module import NSAttention
 from nsa_gen.rope import positions_of, positions_of_blocks, rotary
 from nsa_gen.spec import POOLINGS, load
 
@@ -33,10 +33,10 @@ def spec_with(pooling: str, **more) -> nsa_gen.Spec:
 
 def layer(
     pooling: str = "mean", *, implementation: str = "reference", seed: int = 0, spec_changes: dict | None = None, **more
-) -> NSAAttention:
+) -> NSAttention:
     """A layer with no parameter left at its start, so that each counts."""
     torch.manual_seed(seed)
-    made = NSAAttention(HIDDEN, spec_with(pooling, **spec_changes or {}), implementation=implementation, device=DEVICE, **more)
+    made = NSAttention(HIDDEN, spec_with(pooling, **spec_changes or {}), implementation=implementation, device=DEVICE, **more)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -59,7 +59,7 @@ def turned(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([found.real, found.imag], -1)
 
 
-def written_out(module: NSAAttention, x: Tensor, lengths: tuple[int, ...], position_ids: Tensor | None = None) -> Tensor:
+def written_out(module: NSAttention, x: Tensor, lengths: tuple[int, ...], position_ids: Tensor | None = None) -> Tensor:
     """The layer in float64, one line a step; rope is a number or None."""
     p = {name: value.detach().double() for name, value in module.named_parameters()}
     c = module.spec.compression
@@ -154,7 +154,7 @@ def test_kv_per_branch_follows_the_spec_and_is_laid_out_head_first():
 
 def test_head_dims_that_differ():
     spec = SPEC.replace(heads={"query": 3, "kv": 1}, head_dim={"qk": 32, "v": 16}, compression={"pooling": "mlp"})
-    module = NSAAttention(HIDDEN, spec, rope=100.0, implementation="reference")
+    module = NSAttention(HIDDEN, spec, rope=100.0, implementation="reference")
     assert module.phi_k.w2.shape == (1, 32, 32) and module.phi_v.w2.shape == (1, 16, 16)  # hidden: the head dim
     assert module(hidden_of(40).cpu()).shape == (40, HIDDEN)
 
@@ -168,12 +168,12 @@ def test_weighted_and_linear_start_as_the_mean(pooling):
     found = []
     for one in ("mean", pooling):
         torch.manual_seed(3)
-        found.append(NSAAttention(HIDDEN, spec_with(one), rope=100.0, phi_keys="rotated", implementation="reference", device=DEVICE)(x))
+        found.append(NSAttention(HIDDEN, spec_with(one), rope=100.0, phi_keys="rotated", implementation="reference", device=DEVICE)(x))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
 def test_gates_start_at_a_third_and_mlp_at_the_scale_of_its_input():
-    module = NSAAttention(HIDDEN, spec_with("mlp", head_dim={"qk": 64, "v": 64}), implementation="reference")
+    module = NSAttention(HIDDEN, spec_with("mlp", head_dim={"qk": 64, "v": 64}), implementation="reference")
     gates = module.gate_proj(hidden_of(5).cpu()).sigmoid()
     torch.testing.assert_close(gates, torch.full_like(gates, 1 / 3))
     out = reference.compress(torch.randn(400, HKV, 64), "mlp", module.phi_k(torch.float32), BLOCK, STRIDE)
@@ -183,7 +183,7 @@ def test_gates_start_at_a_third_and_mlp_at_the_scale_of_its_input():
 
 def test_built_on_meta_then_reset():
     torch.manual_seed(0)
-    module = NSAAttention(HIDDEN, spec_with("mlp"), device="meta", dtype=torch.bfloat16, implementation="reference")
+    module = NSAttention(HIDDEN, spec_with("mlp"), device="meta", dtype=torch.bfloat16, implementation="reference")
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     module = module.to_empty(device="cpu").float()
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_compiled_is_eager(options):
     torch._dynamo.reset()
 
 
-def gradients(module: NSAAttention, x: Tensor, **at) -> dict[str, Tensor]:
+def gradients(module: NSAttention, x: Tensor, **at) -> dict[str, Tensor]:
     module.zero_grad()
     x = x.detach().requires_grad_()
     y = module(x, **at)
@@ -344,7 +344,7 @@ def test_a_compiled_step_trains():
 
 
 class Block(torch.nn.Module):
-    def __init__(self, attention: NSAAttention):
+    def __init__(self, attention: NSAttention):
         super().__init__()
         self.attention, self.norm = attention, torch.nn.LayerNorm(HIDDEN)
 
@@ -443,12 +443,12 @@ _BAD_LAYER = {
 def test_bad_options_are_named(name):
     changes, message = _BAD_LAYER[name]
     with pytest.raises(InputError, match=message):
-        NSAAttention(**{"hidden_size": HIDDEN, "spec": "tiny", **changes})
+        NSAttention(**{"hidden_size": HIDDEN, "spec": "tiny", **changes})
 
 
 def test_a_spec_that_is_not_there():
     with pytest.raises(SpecError, match="tinny"):
-        NSAAttention(HIDDEN, "tinny")
+        NSAttention(HIDDEN, "tinny")
 
 
 _BAD_CALL = {

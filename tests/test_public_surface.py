@@ -11,7 +11,7 @@ import nsa_gen
 from nsa_gen import ops
 
 SURFACE = {
-    "InputError", "NSAAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
+    "InputError", "NSAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
     "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_operators_have_keyword_only_options_and_say_what_they_take(name):
 
 
 def test_the_layer_has_keyword_only_options_and_says_what_it_takes():
-    layer = nsa_gen.NSAAttention
+    layer = nsa_gen.NSAttention
     for part in ("Args:", "Raises:", "eq", "[T,"):
         assert part in layer.__doc__ + layer.forward.__doc__, part
     for function, positional in ((layer.__init__, {"self", "hidden_size", "spec"}), (layer.forward, {"self", "hidden"})):
