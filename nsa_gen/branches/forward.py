@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import paths
 from ..config import Shape
-from . import combine, compression, selection, sliding
+from . import compression, selection
 from ._inputs import check_values, geometry, is_ready, kernel, module, ready
 
 _At = tuple[str, Tensor, Tensor | None, Shape]
@@ -74,6 +74,7 @@ def inference(
 def finish(
     at: _At, q: Tensor, k_slc: Tensor, v_slc: Tensor, k_swa: Tensor, v_swa: Tensor, block_indices: Tensor, o_cmp: Tensor,
     gates: list[Tensor], lse: Tensor, scale: float, workspace_bytes: int, start: int, sequences: tuple[Tensor | None, int, int],
+    kept: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
     """Selected and sliding attention of the queries ``[start, start + R)``, and the gated sum, written over ``o_cmp [R,Hq,Dv]``.
 
@@ -82,8 +83,9 @@ def finish(
         block_indices: ``[R,Hkv,n]`` as ``select_topk`` makes them.
         lse: ``[R,Hq]`` fp32, an argument of the kernel that neither loop order writes here.
         sequences: ``cu_seqlens``, batch, longest sequence.
+        kept: written besides: ``o_slc``, ``o_swa``, ``lse_slc``, ``lse_swa``, and last the gated sum, which then leaves ``o_cmp`` alone.
     """
-    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, scale, start, sequences)
+    rest = _Rest(at, q, k_slc, v_slc, k_swa, v_swa, o_cmp, gates, scale, start, sequences, kept)
     run = kernel("selected_attention_fwd", *at)
     run(q, k_slc, v_slc, block_indices, o_cmp, lse, scale, workspace_bytes, start, *sequences, rest)
 
@@ -103,15 +105,19 @@ class _Rest:
     scale: float
     start: int
     sequences: tuple[Tensor | None, int, int]
+    kept: tuple[Tensor, ...]
 
     def merge(self, begin: int, end: int, part: Tensor, part_lse: Tensor) -> None:
-        """Write the gated sum of the queries [begin, end) over ``o_cmp``, given the partial results of their selected branch."""
+        """Write the gated sum of the queries [begin, end), given the partial results of their selected branch."""
         q, o_cmp, *gates = (self.q, self.o_cmp, *self.gates)
+        kept = self.kept
         if end - begin < q.shape[0]:
             q, o_cmp, *gates = (x[begin:end] for x in (q, o_cmp, *gates))
+            kept = tuple(x[begin:end] for x in kept)
         run = kernel("sliding_merge_fwd", *self.at, part.shape[1])
-        keys = (self.k_slc, self.v_slc, self.k_swa, self.v_swa)
-        run(q, *keys, part, part_lse, o_cmp, *gates, o_cmp, self.scale, self.start + begin, *self.sequences)
+        given = (q, self.k_slc, self.v_slc, self.k_swa, self.v_swa, part, part_lse, o_cmp, *gates)
+        *branches, o = kept or (o_cmp,)
+        run(*given, o, self.scale, self.start + begin, *self.sequences, tuple(branches) or None)
 
 
 def chunk_sizes(total: int, query_bytes: int, score_bytes: int, bound: int, scratch: tuple[int, int, int]) -> tuple[int, int]:
@@ -141,13 +147,17 @@ def training(
     """``o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp``: what a backward needs, each over all queries."""
     sequences = (cu_seqlens, key, batch, max_seqlen, scale)
     q = ready(q)
+    total, heads_q = q.shape[:2]
     k_slc, k_swa, v_slc, v_swa = attended(k, v)
     k_cmp, v_cmp = _compressed(k, v, phi_k, phi_v, k_cmp, v_cmp, cu_seqlens, key, batch, max_seqlen)
     o_cmp, lse_cmp = compression.compressed_attention_fwd(q, k_cmp, v_cmp, *sequences)
     block_indices = selection.select_blocks_fwd(q, k_cmp, lse_cmp, *sequences)
-    o_swa, lse_swa = sliding.sliding_attention_fwd(q, k_swa, v_swa, *sequences)
-    o_slc, lse_slc = selection.selected_attention_fwd(q, k_slc, v_slc, block_indices, *sequences)
-    o = combine.combine_fwd(o_cmp, o_slc, o_swa, g_cmp, g_slc, g_swa, Shape(max_seqlen, batch * k_slc.shape[1]))
+    o, o_slc, o_swa = (torch.empty(o_cmp.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    lse_slc, lse_swa = (torch.empty((total, heads_q), dtype=torch.float32, device=q.device) for _ in range(2))
+    if total:
+        at, gates = (key, q, cu_seqlens, Shape(max_seqlen, batch * k_slc.shape[1])), [g_cmp, g_slc, g_swa]
+        given = (block_indices, o_cmp, gates, lse_cmp, scale, paths.workspace_bytes(), 0, (cu_seqlens, batch, max_seqlen))
+        finish(at, q, k_slc, v_slc, k_swa, v_swa, *given, (o_slc, o_swa, lse_slc, lse_swa, o))
     return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, k_cmp, v_cmp
 
 
