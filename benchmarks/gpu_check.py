@@ -289,8 +289,8 @@ def _run(name: str, command: list[str], limit: int, **env: str) -> dict[str, obj
         ok, text = False, f"stopped after {expired.timeout:.0f} s"
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["nothing printed"]
     result = next((line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")), lines[-1])
-    if not ok:
-        print("\n".join(lines[-30:]), file=sys.stderr)
+    if not ok:  # the first lines tell what a sanitizer found, the last ones what Python raised
+        print("\n".join([name, *lines[:40], *lines[40:][-30:]]), file=sys.stderr)
     return {"check": name, "ok": ok, "result": result[:160], "seconds": round(time.time() - start, 1)}
 
 
@@ -318,7 +318,7 @@ def main() -> int:
     checks: list[tuple[str, list[str], dict[str, str]]] = []
     for tool in ("memcheck", "racecheck"):
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        child = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--log-file", os.devnull, *here, tool]
+        child = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", *here, tool]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         checks += [(f"{tool} {name}", [*child, name], uncached) for name in ("gqa16-d128", "nsa-paper") if tool in only]
     checks += [(name, [*here, name, ""], {}) for name in ("compile", "graph", "deterministic") if name in only]
