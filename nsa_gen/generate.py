@@ -84,6 +84,7 @@ def _plan_one(problem: Problem, target: Device, package: Package, alone: bool) -
     heads = [cut for cut in all_heads if cut <= MAX_HEADS]
     stem = problem.kernel + ("" if alone or "head_dim" not in problem.as_dict() else f"_d{problem.head_dim}")
     stem += f"_{problem.parts}" if "parts" in problem.as_dict() else ""
+    stem += "_deterministic" if problem.as_dict().get("deterministic") else ""
     stem += "_varlen" if problem.as_dict().get("varlen") else ""
     names: dict[Config, str] = {}
     grid = []

@@ -45,12 +45,15 @@ def test_k_and_v_of_unequal_head_dims_pool_apart():
     assert [p.head_dim for p in config.problems(square) if p.kernel == "compress_fwd"] == [128]
 
 
+VARIED = ("compress_fwd", "compress_bwd", "sliding_merge_fwd", "compressed_attention_bwd", "selected_attention_bwd")
+
+
 @pytest.mark.parametrize("varlen", [False, True])
 def test_problem_is_the_first_variant_unless_said(varlen):
     for kernel in KERNELS:
         first, *others = (config.problem(kernel, PAPER, varlen=varlen, which=which) for which in config.variants(kernel, PAPER))
         assert config.problem(kernel, PAPER, varlen=varlen) == first
-        assert first not in others and bool(others) == (kernel in ("compress_fwd", "compress_bwd", "sliding_merge_fwd"))
+        assert first not in others and bool(others) == (kernel in VARIED)
 
 
 def test_variants_of_the_fused_end_differ_by_their_parts_alone():

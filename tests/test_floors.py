@@ -16,12 +16,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nsa_gen"
 FLOORS = (
     ("errors", "paths", "versions", "timing", "launch"),
     ("geometry", "spec", "config", "device"),
-    ("render", "knobs", "space", "row", "table", "lookup", "reference", "acceptance", "values", "inputs"),
+    ("render", "knobs", "space", "row", "table", "lookup", "reference", "reference_backward", "acceptance", "values", "inputs"),
     ("loader", "precompile"),
     ("kernels",),
     ("branches", "replay"),
-    ("register", "ops", "cache", "rope", "module", "huggingface", "verify"),
-    ("console", "generate", "bench", "tables", "tune", "report", "doctor", "demo"),
+    ("register", "operators", "ops", "cache", "rope", "module", "huggingface", "verify"),
+    ("console", "generate", "bench_training", "bench", "tables", "tune", "report", "doctor", "demo"),
     ("cli",),
     ("__main__", "__init__"),
 )

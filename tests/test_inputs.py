@@ -14,7 +14,7 @@ from nsa_gen.errors import InputError
 FIELDS = {
     "dtype": "float16", "group": 3, "head_dim": 32, "head_dim_qk": 32, "head_dim_v": 16, "block": 16, "stride": 8, "pooling": "mlp",
     "hidden": 16, "selection_block": 32, "count": 4, "initial": 1, "local": 2, "parts": 1, "mapping": "overlap", "window": 40,
-    "varlen": True,
+    "deterministic": False, "varlen": True,
 }  # fmt: skip
 SEQLENS = (5, 0, 150, 97)
 
@@ -77,6 +77,12 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
         for dweight, grad in zip(dweights, found[1:], strict=True):
             dweight.copy_(grad)
 
+    def gradients(*arguments):
+        """The formulas of the reference in float32, which tests of their own hold to autograd."""
+        for name, found in case.expected(None, torch.float32).items():
+            case.outputs[name].copy_(found)
+
+    compressed_attention_bwd = selected_attention_bwd = sliding_attention_bwd = combine_bwd = gradients
     return SimpleNamespace(**locals())
 
 
@@ -133,7 +139,7 @@ def test_unwritten_elements_are_seen_outside_the_sample():
         case = make(kernel)
         case.run(torch_module(case))
         out = next(iter(case.outputs.values()))
-        out[13, 0, 0] = -7 if kernel == "select_topk" else torch.nan
+        out[(13, 0, 0)[: out.dim()]] = -7 if kernel == "select_topk" else torch.nan
         assert not case.check(torch.tensor([200, 201])).ok, kernel
 
 
@@ -259,7 +265,7 @@ def test_meta(kernel):
     assert (real.flops(), real.bytes()) == (meta.flops(), meta.bytes())
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "combine_fwd"])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if not k.startswith("combine")])
 def test_batched_and_no_tokens(kernel):
     case = make(kernel, varlen=False, seqlens=(64, 64))
     assert case.tensors["cu_seqlens"] is None

@@ -297,6 +297,10 @@ def sliding_merge_fwd_kernel(
     g_slc_ptr,
     g_swa_ptr,
     o_ptr,  # [last - first, Hq, D_V], contiguous; may be o_cmp
+    o_slc_ptr,  # the branches' outputs and LSEs (fp32, natural log), shaped as o and [last - first, Hq]; or all None
+    o_swa_ptr,
+    lse_slc_ptr,
+    lse_swa_ptr,
     k_slc_desc,  # descriptors of K and V, or None
     v_slc_desc,
     k_swa_desc,
@@ -342,6 +346,7 @@ def sliding_merge_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
     GATES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     head = tl.program_id(1)
     heads = tl.num_programs(1) * G
@@ -372,13 +377,19 @@ def sliding_merge_fwd_kernel(
     )  # fmt: skip
     g_cmp = gate(g_cmp_ptr, query, member, g_cmp_stride_t, g_cmp_stride_h, written)
     g_swa = gate(g_swa_ptr, query, member, g_swa_stride_t, g_swa_stride_h, written)
-    weight = g_swa / tl.where(row < rows, window[1], 1.0)
+    window_total = tl.where(row < rows, window[1], 1.0)
+    weight = g_swa / window_total
     # Between its steps the sum rests in o, in the activations' precision as the branches' outputs where they are computed apart: registers
     # for a second accumulator would cost a program on each multiprocessor.
     dv = tl.arange(0, DV)[None, :]
     out_rows = (query.to(tl.int64) * heads + member)[:, None] * D_V
     out = window[2] * weight[:, None] + g_cmp[:, None] * tl.load(o_cmp_ptr + out_rows + dv, mask=inside, other=0.0)
     tl.store(o_ptr + out_rows + dv, out.to(o_ptr.dtype.element_ty), mask=inside)
+    if KEEP:
+        o_swa = (window[2] * (1.0 / window_total)[:, None]).to(o_ptr.dtype.element_ty)
+        tl.store(o_swa_ptr + out_rows + dv, o_swa, mask=inside)
+        lse = (window[0] + tl.log2(window_total)) * 0.6931471805599453
+        tl.store(lse_swa_ptr + query.to(tl.int64) * heads + member, lse, mask=written)
     tl.debug_barrier()
 
     k_slc = k_slc_ptr + start * tl.multiple_of(stride_k_slc_t, 8) + head * tl.multiple_of(stride_k_slc_h, 8)
@@ -405,24 +416,40 @@ def sliding_merge_fwd_kernel(
     dense_weight = sum_ / tl.where(total > 0, total, 1.0)
     sum_ += tl.sum(tl.exp2(part_lse - top[:, None]), 1)
     g_slc = gate(g_slc_ptr, query, member, g_slc_stride_t, g_slc_stride_h, written)
-    inverse = tl.where(sum_ > 0, g_slc / sum_, 0.0)
+    # What is kept of the selected branch grows in its own memory, without the gate.
+    if KEEP:
+        inverse = tl.where(sum_ > 0, 1.0 / sum_, 0.0)
+        lse = tl.where(sum_ > 0, (top + tl.log2(sum_)) * 0.6931471805599453, -float("inf"))
+        tl.store(lse_slc_ptr + query.to(tl.int64) * heads + member, lse, mask=written)
+        rest = o_slc_ptr
+    else:
+        inverse = tl.where(sum_ > 0, g_slc / sum_, 0.0)
+        rest = o_ptr
     weight = dense_weight * inverse
-    out = dense[2] * weight[:, None] + tl.load(o_ptr + out_rows + dv, mask=inside, other=0.0)
-    tl.store(o_ptr + out_rows + dv, out.to(o_ptr.dtype.element_ty), mask=inside)
+    out = dense[2] * weight[:, None]
+    if not KEEP:
+        out += tl.load(o_ptr + out_rows + dv, mask=inside, other=0.0)
+    tl.store(rest + out_rows + dv, out.to(o_ptr.dtype.element_ty), mask=inside)
     # Nothing but memory from here on. A gather takes its result's layout from nowhere else: that of the tensor cores would spread from
     # these weights to all slots, with a conversion each.
     tl.debug_barrier()
     all_rows = tl.arange(0, BLOCK_M)
     top = tl.gather(top, all_rows, 0)
     inverse = tl.gather(inverse, all_rows, 0)
-    out = tl.load(o_ptr + out_rows + dv, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(rest + out_rows + dv, mask=inside, other=0.0).to(tl.float32)
     for s in tl.static_range(PARTS):
         slot_place = place + s * (chunk * G).to(tl.int64)
         used = written & (s < filled)
         weight = tl.exp2(tl.load(part_lse_ptr + slot_place, mask=used, other=-float("inf")) - top) * inverse
         part_rows = part_ptr + slot_place[:, None] * D_V
         out += weight[:, None] * tl.load(part_rows + dv, mask=used[:, None], other=0.0)
-    tl.store(o_ptr + out_rows + dv, out.to(o_ptr.dtype.element_ty), mask=inside)
+    tl.store(rest + out_rows + dv, out.to(o_ptr.dtype.element_ty), mask=inside)
+    if KEEP:
+        tl.debug_barrier()
+        g_slc = gate(g_slc_ptr, query, member, g_slc_stride_t, g_slc_stride_h, written)[:, None]
+        out = tl.load(o_ptr + out_rows + dv, mask=inside, other=0.0).to(tl.float32)
+        out += g_slc * tl.load(o_slc_ptr + out_rows + dv, mask=inside, other=0.0)
+        tl.store(o_ptr + out_rows + dv, out.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 _GROUP = 16
@@ -461,7 +488,8 @@ _finish = Launcher(
 
 
 def sliding_merge_fwd(
-    q, k_slc, v_slc, k_swa, v_swa, part, part_lse, o_cmp, g_cmp, g_slc, g_swa, o, scale, token_start, cu_seqlens, batch, max_seqlen
+    q, k_slc, v_slc, k_swa, v_swa, part, part_lse, o_cmp, g_cmp, g_slc, g_swa, o, scale, token_start, cu_seqlens, batch, max_seqlen,
+    keep=None,
 ):
     """Sliding attention, what selected attention has left to do, and the gated sum of all branches (paper eq. 5).
 
@@ -479,6 +507,7 @@ def sliding_merge_fwd(
         cu_seqlens: [B + 1] int32 on the device, or None where all sequences have max_seqlen tokens.
         batch: B.
         max_seqlen: tokens of the longest sequence.
+        keep: None, or (o_slc, o_swa, lse_slc, lse_swa) [R, Hq, D_V] and [R, Hq] fp32 contiguous, written too; then o must not be o_cmp.
     """
     queries, heads_kv = q.shape[0], k_slc.shape[1]
     tiles = (None,) * 4
@@ -487,6 +516,6 @@ def sliding_merge_fwd(
     gate_strides, code = gate_arguments((g_cmp, g_slc, g_swa))
     _finish(
         grid,
-        q, k_slc, v_slc, k_swa, v_swa, part, part_lse, o_cmp, g_cmp, g_slc, g_swa, o, *tiles, cu_seqlens, scale,
-        token_start, token_start + queries, batch, max_seqlen, part.shape[2], *strides, *gate_strides, GATES=code,
+        q, k_slc, v_slc, k_swa, v_swa, part, part_lse, o_cmp, g_cmp, g_slc, g_swa, o, *(keep or (None,) * 4), *tiles, cu_seqlens, scale,
+        token_start, token_start + queries, batch, max_seqlen, part.shape[2], *strides, *gate_strides, GATES=code, KEEP=keep is not None,
     )  # fmt: skip
