@@ -195,7 +195,8 @@ def _check_kernel(prob: Problem, lengths: tuple[int, ...], kind: str, device: to
     made = inputs.case(prob, seqlens=lengths, heads_kv=heads, device=device, kind=kind)
     if strided:
         for name, x in made.tensors.items():
-            contiguous = name in ("scores", "dout", "dx_add") or (name == "o_cmp" and prob.kernel == "sliding_merge_fwd")
+            branch = name.startswith("o_") and prob.kernel in ("sliding_merge_fwd", "combine_bwd")
+            contiguous = branch or name in ("scores", "dout") or name.endswith("_add")
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and not contiguous:
                 made.tensors[name] = _widened(x, 8)
     found = kernels.get(prob, Shape(max(lengths, default=0), len(lengths) * heads), kernels.device_of(torch.empty(0, device=device)))

@@ -23,7 +23,7 @@ from nsa_gen.table import Table, shipped_path
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETER = device.from_name("interpreter")
 
-#: Runs one forward and the parts of it, and saves every output. ``package``: nsa_gen and what only it needs cannot be imported.
+#: Runs a forward, its parts and two backwards, and saves what they give. ``package``: nsa_gen and what only it needs cannot be imported.
 FORWARD = """
 import importlib, sys, torch
 name, out = sys.argv[1:]
@@ -49,6 +49,9 @@ found.append(nsa.select_blocks(q, k_cmp, found[-1], **packed))
 found += nsa.selected_attention(q, k, v, found[-1], **packed)
 found += nsa.sliding_attention(q[:32].unflatten(0, (2, 16)), *(x[:32].unflatten(0, (2, 16)) for x in (k, v)), **spec)
 found.append(nsa.combine(q, q, q, *gates))
+short = [x[:20].clone().requires_grad_() for x in (q, k, v, *gates)]
+for more in ({}, {"deterministic": True, "recompute": True}):
+    found += torch.autograd.grad(nsa.nsa_attention(*short, **spec, **more), short, q[:20])
 torch.save(found, out)
 if name != "nsa_gen":
     try:
@@ -80,7 +83,7 @@ def test_package_alone_gives_the_library_s_bits(tmp_path):
         said = run("nsa_tiny", tmp_path / "package.pt", package.parent)
         library.result()
     ours, theirs = (torch.load(tmp_path / f"{name}.pt") for name in ("library", "package"))
-    assert len(ours) == len(theirs) == 10
+    assert len(ours) == len(theirs) == 10 + 2 * 6
     differ = [n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))]
     assert not differ
     assert ours[0].isfinite().all() and ours[0].abs().sum() > 0
@@ -208,8 +211,9 @@ if __name__ == "__main__":
 
 
 def test_every_problem_has_its_own_rendering():
-    """Also those of one kernel: the fused end takes one partial result a query, or one a block."""
+    """Also those of one kernel: the fused end takes one partial result a query, or one a block; sums may be made in a fixed order."""
     package = generate.plan(spec.load("gqa16-d128"), device.from_name("sm_90"))
+    assert {"selected_attention_bwd", "selected_attention_bwd_deterministic_varlen"} <= set(package.chosen)
     ends = [plan for plan in package.plans if plan.problem.kernel == "sliding_merge_fwd"]
     assert sorted(plan.problem.parts for plan in ends) == [1, 1, 13, 13]
     for plan in package.plans:

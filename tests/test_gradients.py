@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils import checkpoint as checkpointing
 
 import nsa_gen
-from nsa_gen import NSAError, lookup, operators, ops, reference
+from nsa_gen import NSAError, lookup, reference
 from nsa_gen.branches import selection
 from nsa_gen.config import Config
 from nsa_gen.spec import POOLINGS, Spec, load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-#: 2 blocks of 16 of at most 4: queries leave blocks out.
+#: 2 blocks of 16 of at most 3: queries leave blocks out.
 SPEC = load("tiny").replace(selection={"count": 2, "initial": 0, "local": 1})
-LENGTHS = (49, 0, 7, 1)
+LENGTHS = (41, 0, 7, 1)
 GATES = ("g_cmp", "g_slc", "g_swa")
 
 
@@ -136,8 +136,9 @@ def test_gradients_of_the_whole(shared):
 
 
 def test_several_kv_heads():
-    x = made(heads=3)
-    close(gradients(whole(), x), exact(x))
+    lengths = (34, 0, 5)
+    x = made(lengths=lengths, heads=2)
+    close(gradients(whole(lengths), x), exact(x, lengths))
 
 
 @pytest.mark.parametrize("group", [1, 3, 16])
@@ -165,12 +166,13 @@ def test_geometries(changes):
     close(gradients(whole(spec=spec), x), exact(x, spec=spec))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [pooling for pooling in POOLINGS if pooling != "mean"])
 def test_poolings(pooling):
     """Where K and V are shared, φ's gradients come on top of the other branches'."""
-    spec = SPEC.replace(compression={"pooling": pooling, **({"hidden": 16} if pooling == "mlp" else {})}, head_dim={"qk": 32, "v": 16})
-    x = made(spec)
-    close(gradients(whole(spec=spec), x), exact(x, spec=spec), 4e-5)
+    lengths, hidden = (25, 0, 9), {"hidden": 16} if pooling == "mlp" else {}
+    spec = SPEC.replace(compression={"pooling": pooling, **hidden}, head_dim={"qk": 32, "v": 16})
+    x = made(spec, lengths)
+    close(gradients(whole(lengths, spec), x), exact(x, lengths, spec), 4e-5)
 
 
 @pytest.mark.parametrize(("names", "given"), [("kv", False), ("kv", True), ("k", False), ("v", True)])
@@ -290,7 +292,7 @@ def test_huge_logits():
     """Up to about 80 in size."""
     x = made()
     x["q"] *= 18
-    logits = torch.einsum("thd,shd->hts", x["q"][:49, ::2], x["k"][:49]) / 4
+    logits = torch.einsum("thd,shd->hts", x["q"][:41, ::2], x["k"][:41]) / 4
     assert 60 < logits.abs().max() < 110
     close(gradients(whole(), x), exact(x), 1e-4)
 
@@ -339,7 +341,7 @@ def test_any_layout_of_output_gradients():
     lengths = (20, 3)
     x = tracked(made(lengths=lengths))
     o = whole(lengths)(**x)
-    for name, do in odd_gradients(o).items():
+    for name, do in [*odd_gradients(o).items()][::3]:
         found = torch.autograd.grad(o, flat(x), do, retain_graph=True)
         wanted = torch.autograd.grad(o, flat(x), do.contiguous(), retain_graph=True)
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True)), name
@@ -567,29 +569,27 @@ def test_what_is_kept():
     assert not kept(run, {name: y if name == "cu_seqlens" else x[name] for name, y in known.items()})
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_checkpoint(shared, recompute):
+def test_checkpoint(shared):
     x, found, _ = shared
     leaves = tracked(x)
-    o = checkpointing.checkpoint(lambda: whole(recompute=recompute)(**leaves), use_reentrant=False)
+    o = checkpointing.checkpoint(lambda: whole()(**leaves), use_reentrant=False)
     again = torch.autograd.grad(o, flat(leaves), weight_of(o))
     close(list(again), [grad.double() for grad in found], 1e-5)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_training_step_is_eager(dynamic):
+@pytest.mark.parametrize(("dynamic", "recompute"), [(False, False), (True, False), (False, True)])
+def test_a_compiled_training_step_is_eager(dynamic, recompute):
     torch._dynamo.reset()
-    spec, lengths = SPEC.replace(compression={"pooling": "weighted"}), (13, 4)
+    spec, lengths = SPEC.replace(compression={"pooling": "weighted"}), (9, 4)
     x, where = made(spec, lengths), at(lengths, spec)
 
-    def step(x: dict[str, Any], recompute: bool) -> Tensor:
+    def step(x: dict[str, Any]) -> Tensor:
         x = {name: tuple(z * 1.0 for z in y) if isinstance(y, tuple) else y * 1.0 for name, y in x.items()}
         return nsa_gen.nsa_attention(**x, **where, recompute=recompute).square()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for recompute in (False, True):
-        found, wanted = (gradients(lambda run=run, **x: run(x, recompute), x) for run in (compiled, step))  # noqa: B023
-        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    found, wanted = (gradients(lambda run=run, **x: run(x), x) for run in (compiled, step))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     torch._dynamo.reset()
 
 
@@ -633,58 +633,3 @@ def test_autocast():
     attended(torch.nn.functional.linear(tokens.half(), weight, bias)).float().square().sum().backward()
     assert found.dtype == torch.float32 and bool(found.any())
     torch.testing.assert_close(found, weight.grad.float(), rtol=1e-3, atol=1e-3)
-
-
-# --- torch.library -----------------------------------------------------------------------------------------------------------------
-
-
-def library_calls() -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator, and of every operator's backward."""
-    x = made(lengths=(9,), heads=2)
-    q, k, v, gates = x["q"], x["k"], x["v"], [x[name] for name in GATES]
-    weights = [torch.full((2, 8), 0.125, device=DEVICE)]
-    spec = SPEC.replace(compression={"pooling": "weighted"})
-    sequences, lse = (None, spec.key, 1, 9), torch.zeros(9, 4, device=DEVICE)
-    tail, k_cmp = (*sequences, 0.25), operators.compress(k, weights, *sequences[:2], "k", 1, 9)
-    blocks = nsa_gen.select_blocks(q, k_cmp, lse, spec=spec)
-    given = (q, [k], [v], *gates, weights, weights, None, None)
-    saved = list(operators.nsa_attention_saving(*given, *tail, False)[1:])
-    return {
-        "compress": (k, weights, *sequences[:2], "k", 1, 9),
-        "compressed_attention": (q, k_cmp, k_cmp, *tail, False),
-        "selected_attention": (q, k, v, blocks, *tail, False),
-        "sliding_attention": (q, k, v, *tail),
-        "combine": (q, q, q, *gates),
-        "nsa_attention_fwd": (*given, *tail, True),
-        "nsa_attention_save": (*given, *tail, False),
-        "compress_bwd": (k_cmp, k, weights, *sequences[:2], "k", 1, 9),
-        "compressed_attention_bwd": (q, q, k_cmp, k_cmp, q, lse, None, *tail, False),
-        "selected_attention_bwd": (q, q, k, v, blocks, q, lse, lse, *tail, True),
-        "sliding_attention_bwd": (q, q, k, v, q, lse, lse, *tail),
-        "combine_bwd": (q, q, q, q, *gates),
-        "nsa_attention_bwd": (q, *given, saved, *tail, False),
-    }
-
-
-@pytest.mark.parametrize("name", library_calls())
-def test_operators_keep_the_rules_of_torch_library(name):
-    """Schemas (nothing returned is an argument or changes one), fake kernels, and gradients under AOTAutograd."""
-    args = library_calls()[name]
-    tests = ["test_schema", "test_faketensor"]
-    if not name.endswith("_bwd"):
-        tests += ["test_autograd_registration", "test_aot_dispatch_static"]
-        args = tuple(_wanting(y) for y in args)
-    found = torch.library.opcheck(getattr(torch.ops.nsa_gen, name).default, args, test_utils=tests)
-    assert set(found.values()) == {"SUCCESS"}, found
-
-
-def _wanting(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_wanting(y) for y in x]
-    return x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def test_every_operator_is_among_them():
-    names = {name.removeprefix("nsa_gen::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("nsa_gen::")}
-    assert names == {*library_calls(), "select_blocks"}
-    assert set(ops.__all__) == {"nsa_attention"} | {name for name in names if not name.endswith(("_bwd", "_fwd", "_save"))}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nsa_gen
-from nsa_gen import InputError, NSAError, lookup, ops, reference
+from nsa_gen import InputError, NSAError, lookup, reference
 from nsa_gen.branches import _inputs, selection
 from nsa_gen.config import Config
 from nsa_gen.spec import load
@@ -330,33 +330,6 @@ def test_compiled_is_eager(dynamic):
         assert torch.equal(o, nsa_gen.nsa_attention(**x, spec=SPEC))
         assert torch.equal(lse, nsa_gen.sliding_attention(x["q"], x["k"], x["v"], spec=SPEC)[1])
     torch._dynamo.reset()
-
-
-def _op_arguments() -> dict[str, tuple]:
-    x = packed((9,))
-    q, k, v, gates = x["q"], x["k"], x["v"], (x["g_cmp"], x["g_slc"], x["g_swa"])
-    tail = (None, SPEC.key, 1, 9)
-    k_cmp = ops._compress(k, [], *tail[:2], "k", 1, 9)
-    lse = torch.zeros(9, HQ, device=DEVICE)
-    chosen = nsa_gen.select_blocks(q, k_cmp, lse, spec=SPEC)
-    whole = (q, [k], [v], *gates, [], [], None, None, *tail, 0.25)
-    return {
-        "compress": (k, [], *tail[:2], "k", 1, 9),
-        "compressed_attention": (q, k_cmp, k_cmp, *tail, 0.25),
-        "select_blocks": (q, k_cmp, lse, *tail, 0.25),
-        "selected_attention": (q, k, v, chosen, *tail, 0.25),
-        "sliding_attention": (q, k, v, *tail, 0.25),
-        "combine": (q, q, q, *gates),
-        "nsa_attention_fwd": whole,
-        "nsa_attention_save": whole,
-    }
-
-
-def test_operators_keep_the_rules_of_torch_library():
-    for name, args in _op_arguments().items():
-        op = getattr(torch.ops.nsa_gen, name).default
-        found = torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-        assert set(found.values()) == {"SUCCESS"}, name
 
 
 @pytest.mark.parametrize("name", ["tiny", "nsa-paper", "gqa5-d128"])

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -34,8 +36,10 @@ def structures(problem: Problem) -> list[Config]:
     found = [space.default(problem, arch) for arch in ARCHES] + [space.safe(problem)]
     unseen = {(knob.name, value) for knob in space.knobs(problem.kernel) for value in knob.values if isinstance(value, str)}
     unseen -= {pair for one in found for pair in one.values}
-    # A value that stays unseen is illegal for the problem. Not worth a walk through kv_outer's sizes, which come last, by the million.
-    for one in islice(space.candidates(problem), 10_000) if unseen else ():
+    # A value that stays unseen is illegal for the problem. Not worth a walk through kv_outer's sizes, which come last, by the million; in
+    # the backward, structure has the tiles of the safe config.
+    walk = with_safe_tiles if problem.kernel.endswith("_bwd") else space.candidates
+    for one in islice(walk(problem), 10_000) if unseen else ():
         if unseen & set(one.values):
             found.append(one)
             unseen -= set(one.values)
@@ -44,14 +48,28 @@ def structures(problem: Problem) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
+def with_safe_tiles(problem: Problem) -> Iterator[Config]:
+    """The candidates whose tile sizes, where the safe config has them, are its own."""
+    tiles, illegal = space.safe(problem).as_dict(), space.SPACES[problem.kernel].illegal
+    knobs = (
+        replace(knob, values=(tiles[knob.name],)) if knob.name.isupper() and knob.name in tiles else knob
+        for knob in space.knobs(problem.kernel)
+    )
+    return (one for one in space._walk(problem.kernel, tuple(knobs), {}) if illegal(problem, one) is None)
+
+
 def goldens() -> dict[str, str]:
-    """Golden renderings by file name: each kernel of ``gqa16-d128`` in each structure, and what the paper's spec adds, ragged."""
+    """Golden renderings by file name: each kernel of ``gqa16-d128`` in each structure, and what the paper's spec adds, ragged. Of what
+    gives the same bits each time, the default."""
     texts = {}
     for name, varlen in (("gqa16-d128", False), ("nsa-paper", True)):
         for problem in config.problems(spec.load(name), varlen=varlen):
-            for one in [space.default(problem, "sm_90"), *structures(problem)]:
+            key = f"{problem.kernel}_d{problem.head_dim}" if "head_dim" in problem.as_dict() else problem.kernel
+            configs = [space.default(problem, "sm_90"), *structures(problem)]
+            if problem.as_dict().get("deterministic"):
+                key, configs = f"{key}_deterministic", configs[:1] if name == "gqa16-d128" else []
+            for one in configs:
                 words = [str(value) for _, value in one.values if isinstance(value, str)]
-                key = f"{problem.kernel}_d{problem.head_dim}" if "head_dim" in problem.as_dict() else problem.kernel
                 texts.setdefault("-".join([name, key, *words]) + ".py", render.render(problem, one).text)
     return texts
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa_gen import InputError, kernels, verify
+from nsa_gen.config import KERNELS
 from nsa_gen.errors import ConfigError
 
 
@@ -28,6 +29,15 @@ def test_the_whole_operator_is_right():
     report = verify.run("tiny", kernels=["nsa_attention"])
     assert report.ok, [r.message for r in report.results if not r.ok]
     assert len(report.results) == 3
+
+
+def test_backward_kernels_read_by_stride(monkeypatch):
+    """Of what they may not, addends and branches' outputs, nothing is made strided."""
+    cases = verify._cases
+    monkeypatch.setattr(verify, "_cases", lambda *args: (case for case in cases(*args) if case[1] == "batched, strided"))
+    report = verify.run("tiny", kernels=[kernel for kernel in KERNELS if kernel.endswith("_bwd")])
+    assert report.ok, [(r.kernel, r.message) for r in report.results if not r.ok]
+    assert {r.kernel for r in report.results} == {kernel for kernel in KERNELS if kernel.endswith("_bwd")}
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, name: str, spoil) -> None:
