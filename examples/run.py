@@ -284,7 +284,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on beside the configuration."""
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "python": platform.python_version(), "torch": torch.__version__, "nsa_gen": nsa_gen.__version__,
+        "python": platform.python_version(), "torch": str(torch.__version__), "nsa_gen": nsa_gen.__version__,
         "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     if device.type == "cuda":

@@ -83,15 +83,19 @@ class Setup:
 
 
 def curriculum(length: int, first: int = 64) -> dict[int, float]:
-    """Lengths that double from ``first`` to ``length``: 15 % of all tokens at the first, a quarter at the last, growing in between."""
-    lengths = [first]
-    while 2 * lengths[-1] < length:
-        lengths.append(2 * lengths[-1])
+    """Lengths that double from ``first`` to ``length``: 15 % of all tokens at the first, a quarter at the last, growing in between.
+
+    Where nothing is in between, half of them at either.
+    """
     if length <= first:
         return {length: 1.0}
-    between = lengths[1:]
+    between = []
+    while 2 * (last := between[-1] if between else first) < length:
+        between.append(2 * last)
+    if not between:
+        return {first: 0.5, length: 0.5}
     weights = range(1, len(between) + 1)
-    return {first: 0.15 if between else 0.5} | {n: 0.6 * w / sum(weights) for n, w in zip(between, weights, strict=True)} | {length: 0.25}
+    return {first: 0.15} | {n: 0.6 * w / sum(weights) for n, w in zip(between, weights, strict=True)} | {length: 0.25}
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:

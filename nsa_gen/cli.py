@@ -248,6 +248,7 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the log of an earlier run.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write (default: your cache).")] = None,
     varlen: Annotated[bool, typer.Option("--varlen", help="Tune the kernels of cu_seqlens calls instead.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Tune the kernels of deterministic calls instead.")] = False,
     storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage URL several machines share.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -255,7 +256,10 @@ def tune(
     from . import spec as specs
     from . import tune as tuner
 
-    options: dict[str, Any] = {"varlen": varlen, "trials": trials, "budget_s": console.seconds(budget), "out": out, "storage": storage}
+    options: dict[str, Any] = {
+        "varlen": varlen, "deterministic": deterministic, "trials": trials, "budget_s": console.seconds(budget), "out": out,
+        "storage": storage,
+    }  # fmt: skip
     if seqlen:
         options["seqlens"] = console.lengths(seqlen)
     options = {name: value for name, value in options.items() if value is not None}

@@ -159,10 +159,16 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int |
     return Problem.of(kernel, {name: known[name] for name in key_fields(kernel)})
 
 
-def problems(spec: Spec, *, varlen: bool = False) -> list[Problem]:
-    """All distinct Problems of a spec (K and V of unequal head dims pool as two)."""
+def problems(spec: Spec, *, varlen: bool = False, deterministic: bool | None = None) -> list[Problem]:
+    """All distinct Problems of a spec (K and V of unequal head dims pool as two).
+
+    Args:
+        spec: geometry and dtype.
+        varlen: sequences of differing lengths.
+        deterministic: only kernels that serve such calls; None for all.
+    """
     found = [problem(kernel, spec, varlen=varlen, which=which) for kernel in KERNELS for which in variants(kernel, spec)]
-    return list(dict.fromkeys(found))
+    return [p for p in dict.fromkeys(found) if deterministic in (None, p.as_dict().get("deterministic", deterministic))]
 
 
 def variants(kernel: str, spec: Spec) -> tuple[str | int | None, ...]:

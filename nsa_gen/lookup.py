@@ -4,7 +4,8 @@ The order, first match wins (only 1 and 2 are *exact*):
 
 1. a config given by :func:`override` or :func:`set_override`;
 2. this device, a row of the key whose ranges hold the shape: the user's entries before the shipped table;
-3. this device, the nearest row of the key (octaves in seqlen, then in batch_heads), then the nearest of the key with ``varlen`` flipped;
+3. this device, the nearest row of the key (octaves in seqlen, then in batch_heads), then of the keys that differ in ``varlen`` or
+   ``deterministic`` alone, which lend theirs;
 4. devices of the same arch, nearest SM count first; then the device's declared fallbacks, in their order: for each as in 2 and 3;
 5. the default for the arch, then the safe config.
 
@@ -143,7 +144,7 @@ def cuts(problem: Problem, device: Device) -> tuple[list[int], list[int]]:
     Between two neighbouring cuts (the lower included) the answer is the same.
     """
     sides: list[list[int]] = []
-    rows = [row for _, slug in _reach(device) for _, row in _rows(slug, problem, _flipped(problem))]
+    rows = [row for _, slug in _reach(device) for _, row in _rows(slug, (problem, *_lenders(problem)))]
     for name in ("seqlen", "batch_heads"):
         edges = {edge for row in rows for edge in (getattr(row, name)[0], getattr(row, name)[1] + 1)}
         sides.append(sorted(edges | {1 << power for power in range(64)}))
@@ -170,27 +171,32 @@ def _reach(device: Device) -> Iterator[tuple[str, str]]:
                 yield source, slug
 
 
-def _rows(slug: str, problem: Problem, flipped: Problem | None) -> list[tuple[str, Row]]:
-    """``(origin, row)`` of all rows of the key and of its flip."""
+def _rows(slug: str, keys: tuple[Problem, ...]) -> list[tuple[str, Row]]:
+    """``(origin, row)`` of all rows of some keys of one kernel."""
     read = (("user cache", table.user_tables), ("device table", table.shipped_tables))
-    tables = [(origin, found) for origin, tables_of in read for found in tables_of(slug, problem.kernel)]
-    return [(origin, row) for origin, found in tables for key in (problem, flipped) if key is not None for row in found.of(key)]
+    tables = [(origin, found) for origin, tables_of in read for found in tables_of(slug, keys[0].kernel)]
+    return [(origin, row) for origin, found in tables for key in keys for row in found.of(key)]
 
 
-def _flipped(problem: Problem) -> Problem | None:
+def _lenders(problem: Problem) -> tuple[Problem, ...]:
+    """The keys whose rows serve a key that has none, nearest first: those of nearly the same code."""
     fields = problem.as_dict()
-    return Problem.of(problem.kernel, fields | {"varlen": not fields["varlen"]}) if "varlen" in fields else None
+    found = [fields]
+    for name in ("varlen", "deterministic"):
+        if name in fields:
+            found += [other | {name: not fields[name]} for other in found]
+    return tuple(Problem.of(problem.kernel, other) for other in found[1:])
 
 
 def _from_rows(problem: Problem, shape: Shape, device: Device, digest_of: DigestOf | None) -> Resolution | None:
     tried: list[str] = []
-    flipped = _flipped(problem)
+    keys = (problem, *_lenders(problem))
     for source, slug in _reach(device):
-        near = _rows(slug, problem, flipped)
+        near = _rows(slug, keys)
         if not near:
             tried.append(f"{slug}: no row of this key")
         near.sort(key=lambda pair: pair[1].rank, reverse=True)
-        near.sort(key=lambda pair: _nearness(problem, shape, *pair))
+        near.sort(key=lambda pair: _nearness(keys, shape, *pair))
         for origin, row in near:
             fault = _unusable(row, problem, device)
             if fault is None:
@@ -199,10 +205,10 @@ def _from_rows(problem: Problem, shape: Shape, device: Device, digest_of: Digest
     return None
 
 
-def _nearness(problem: Problem, shape: Shape, origin: str, row: Row) -> tuple[bool, bool, bool, int, int]:
-    """Sorts the rows of one device: the key itself before its flip; rows that hold the shape, the user's first; then the nearest."""
+def _nearness(keys: tuple[Problem, ...], shape: Shape, origin: str, row: Row) -> tuple[int, bool, bool, int, int]:
+    """Sorts the rows of one device: the key itself before its lenders; rows that hold the shape, the user's first; then the nearest."""
     outside, seqlen, batch_heads = row.distance(shape)
-    return row.problem != problem, outside, not outside and origin != "user cache", seqlen, batch_heads
+    return keys.index(row.problem), outside, not outside and origin != "user cache", seqlen, batch_heads
 
 
 def _unusable(row: Row, problem: Problem, device: Device) -> str | None:
@@ -211,7 +217,8 @@ def _unusable(row: Row, problem: Problem, device: Device) -> str | None:
     try:
         space.check(problem, row.config)
     except ConfigError as error:
-        _log_once(logging.WARNING, f"tuned row skipped: {error}")
+        if row.problem == problem:
+            _log_once(logging.WARNING, f"tuned row skipped: {error}")
         return str(error)
     return None
 
@@ -220,7 +227,8 @@ def _taken(
     row: Row, problem: Problem, shape: Shape, device: Device, source: str, slug: str, digest_of: DigestOf | None, tried: list[str]
 ) -> Resolution:
     holds = row.holds(shape)
-    borrowed = "" if row.problem == problem else f"measured with varlen={row.problem.varlen}, borrowed"
+    other = [f"{name}={value}" for name, value in row.problem.values if value != problem.as_dict()[name]]
+    borrowed = f"measured with {', '.join(other)}, borrowed" if other else ""
     exact = holds and not borrowed and slug == device.slug
     stale = digest_of is not None and digest_of(row.problem, row.config) != row.source_digest
     what = "row" if holds else f"nearest row to seqlen {shape.seqlen}, batch_heads {shape.batch_heads}:"

@@ -29,6 +29,8 @@ for name in ("NSA_GEN_TUNED", "NSA_GEN_STRICT", "NSA_GEN_WORKSPACE"):
     os.environ.pop(name, None)
 os.environ["NSA_GEN_CACHE"] = str(CACHE / "nsa-gen")
 os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+# Every worker of pytest-xdist would take all cores for torch: they would wait for one another most of the time.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 settings.register_profile("nsa-gen", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("nsa-gen")

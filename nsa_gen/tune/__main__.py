@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of tables (default: the user's cache)")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--varlen", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--storage", help="Optuna storage URL several tuners share")
     parser.add_argument("--log", type=Path, help="trial log (default: in the cache)")
     parser.add_argument("--workers", type=int, help="compile processes")
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             resume=args.resume,
             progress=not args.quiet,
             varlen=args.varlen,
+            deterministic=args.deterministic,
             storage=args.storage,
             log=args.log,
             workers=args.workers,

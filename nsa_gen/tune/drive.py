@@ -47,6 +47,7 @@ def run(
     *,
     seqlens: Sequence[int] | None = None,
     varlen: bool = False,
+    deterministic: bool = False,
     storage: str | None = None,
     log: Path | str | None = None,
     workers: int | None = None,
@@ -73,6 +74,7 @@ def run(
         resume: take over the log's results where source, versions and device are the same.
         progress: bars or lines on stderr.
         varlen: tune the variant for ``cu_seqlens`` calls.
+        deterministic: tune the variant for ``deterministic`` calls. A variant without rows of its own borrows the other's.
         storage: Optuna storage URL (e.g. ``sqlite:///study.db``) that several tuners share.
         log: the trial log; default in the cache.
         workers: compile processes, default the CPU count less one for each GPU.
@@ -91,7 +93,8 @@ def run(
     given = [specs] if isinstance(specs, (Spec, str, Path)) else list(specs)
     if seqlens:
         shapes = [TuneShape(batch=1, seqlen=n) for n in seqlens]
-    todo = planning.plans([_loaded(spec) for spec in given], kernels=kernels, shapes=shapes, varlen=varlen)
+    variant = {"varlen": varlen, "deterministic": deterministic}
+    todo = planning.plans([_loaded(spec) for spec in given], kernels=kernels, shapes=shapes, **variant)
     options = Options(trials=trials, rounds=rounds, deadline_s=deadline_s, storage=storage, seed=seed)
     indices = [gpus] if isinstance(gpus, int) else list(gpus)
     show = shown.make(progress)

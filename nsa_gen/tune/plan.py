@@ -38,13 +38,19 @@ class Plan:
 
 
 def plans(
-    specs: Sequence[Spec], *, kernels: Iterable[str] | None = None, shapes: Sequence[TuneShape] | None = None, varlen: bool = False
+    specs: Sequence[Spec],
+    *,
+    kernels: Iterable[str] | None = None,
+    shapes: Sequence[TuneShape] | None = None,
+    varlen: bool = False,
+    deterministic: bool = False,
 ) -> list[Plan]:
     """The distinct problems of ``specs`` with their points; problems that specs share are tuned once, at the points of all.
 
     Args:
         kernels: only these; default all.
         shapes: instead of the specs' own.
+        varlen, deterministic: which calls the kernels serve.
 
     Raises:
         ConfigError: an unknown kernel.
@@ -58,7 +64,7 @@ def plans(
         raise InputError("tune: needs at least one spec")
     found: dict[Problem, dict[tuple[int, int], Point]] = {}
     for spec in specs:
-        for problem in configs.problems(spec, varlen=varlen):
+        for problem in configs.problems(spec, varlen=varlen, deterministic=deterministic):
             if problem.kernel not in wanted:
                 continue
             heads_query = 0 if "group" in problem.as_dict() or problem.kernel != "combine_fwd" else spec.heads.query
