@@ -23,7 +23,7 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     made.add_argument("--plot", type=Path, metavar="FILE", help="train nothing: draw the JSON files in --out (.png, .svg, .pdf)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--small", action="store_true", help="sizes for a CPU, which takes them in any case")
-    made.add_argument("--spec", help="heads and geometry: a name or a file (default gqa8-d64; one made in the script on a CPU)")
+    made.add_argument("--spec", help="heads and geometry: a name or a file")
     made.add_argument("--width", type=int)
     made.add_argument("--layers", type=int)
     made.add_argument("--lr", type=float)

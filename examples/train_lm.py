@@ -4,7 +4,7 @@
     python examples/train_lm.py --out DIR --plot FILE
 
 The decoder (``examples/model.py``) reads sequences of noise with facts in them and is asked for the facts at the end
-(``examples/tasks.py``); half of a batch is recall, half needles, and the loss is on the answers alone. Lengths double from 64 tokens to
+(``examples/tasks.py``); half of a batch is recall, half needles, and the loss is on the answers alone. Lengths double from 256 tokens to
 ``--length``, with as many tokens a step at each, by the same schedule for every run. A run writes ``NAME.json`` and the checkpoint
 ``NAME.pt``; ``--minutes`` cuts, at any step, and ``--resume`` goes on where it was cut. On a CPU everything is small and NSA runs in plain
 PyTorch.
@@ -32,6 +32,7 @@ from nsa_gen.spec import load
 
 #: Held-out sequences have seeds from here on, the same for every run; training's count from 0.
 HELD_OUT = 1_000_003
+SPEC = Path(__file__).with_name("memory.yaml")
 #: What a CPU trains in half a minute: two lengths, at the longer of which NSA leaves blocks out.
 SMALL_SPEC = {
     "schema": 1, "name": "small", "dtype": "float32", "heads": {"query": 4, "kv": 2}, "head_dim": {"qk": 16, "v": 16},
@@ -48,7 +49,7 @@ class Setup:
     shares: dict[int, float]
     task: str = "mixed"
     vocabulary: tasks.Vocabulary = field(default_factory=tasks.Vocabulary)
-    tokens: int = 40_000_000
+    tokens: int = 80_000_000
     batch_tokens: int = 32_768
     width: int = 256
     layers: int = 4
@@ -82,31 +83,27 @@ class Setup:
         }  # fmt: skip
 
 
-def curriculum(length: int, first: int = 64) -> dict[int, float]:
-    """Lengths that double from ``first`` to ``length``: 15 % of all tokens at the first, a quarter at the last, growing in between.
+def curriculum(length: int, first: int = 256) -> dict[int, float]:
+    """Lengths that double from ``first`` to ``length``: a quarter of all tokens at the last, the rest spread evenly over those before.
 
-    Where nothing is in between, half of them at either.
+    With one before it, half of them at either.
     """
-    if length <= first:
-        return {length: 1.0}
-    between = []
-    while 2 * (last := between[-1] if between else first) < length:
-        between.append(2 * last)
-    if not between:
-        return {first: 0.5, length: 0.5}
-    weights = range(1, len(between) + 1)
-    return {first: 0.15} | {n: 0.6 * w / sum(weights) for n, w in zip(between, weights, strict=True)} | {length: 0.25}
+    before = []
+    while (reached := first << len(before)) < length:
+        before.append(reached)
+    last = (1.0, 0.5, 0.25)[min(len(before), 2)]
+    return {n: (1 - last) / len(before) for n in before} | {length: last}
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:
     """The GPU's or the CPU's setup, with what the command line says."""
     if options.small(arguments):
         chosen = Setup(
-            Spec.from_dict(SMALL_SPEC), curriculum(arguments.length or 128), task="recall", vocabulary=tasks.Vocabulary(64, 16, 16),
-            tokens=400_000, batch_tokens=1024, width=64, layers=1, lr=5e-3, held_out=32,
+            Spec.from_dict(SMALL_SPEC), curriculum(arguments.length or 128, first=64), task="recall", width=64, layers=1, lr=5e-3,
+            vocabulary=tasks.Vocabulary(64, 16, 16), tokens=400_000, batch_tokens=1024, held_out=32,
         )  # fmt: skip
     else:
-        chosen = Setup(load("gqa8-d64"), curriculum(arguments.length or 8192))
+        chosen = Setup(load(SPEC), curriculum(arguments.length or 8192))
     given = {name: getattr(arguments, name) for name in ("task", "tokens", "batch_tokens", "width", "layers", "lr")}
     given["spec"] = load(arguments.spec) if arguments.spec else None
     return replace(chosen, **{name: value for name, value in given.items() if value is not None})
@@ -183,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = options.parser(__doc__, out="out/lm")
     parser.add_argument("--task", choices=("mixed", *tasks.TASKS), help="default: mixed; recall on a CPU")
     parser.add_argument("--length", type=int, help="of the last sequences (default 8192; 128 on a CPU)")
-    parser.add_argument("--tokens", type=int, help="in all (default 40 million; 400 thousand on a CPU)")
+    parser.add_argument("--tokens", type=int, help="in all (default 80 million; 400 thousand on a CPU)")
     parser.add_argument("--batch-tokens", type=int, help="a step (default 32768; 1024 on a CPU)")
     arguments = parser.parse_args(argv)
     if arguments.plot:

@@ -159,8 +159,8 @@ def test_curriculum_spends_all_tokens() -> None:
     for length in (64, 128, 256, 3000, 8192):
         shares = train_lm.curriculum(length)
         assert sum(shares.values()) == pytest.approx(1) and max(shares) == length and list(shares) == sorted(shares)
-    setup = train_lm.Setup(Spec.from_dict(train_lm.SMALL_SPEC), train_lm.curriculum(256))
-    assert {setup.length_at(step, 100) for step in range(100)} == {64, 128, 256}
+    setup = train_lm.Setup(Spec.from_dict(train_lm.SMALL_SPEC), train_lm.curriculum(1024))
+    assert {setup.length_at(step, 100) for step in range(100)} == {256, 512, 1024}
 
 
 def test_learning_rate_and_evaluations() -> None:
