@@ -16,10 +16,10 @@ from nsa_gen.errors import ConfigError
 from nsa_gen.inputs.case import CALLS
 
 RAGGED = (0, 55, 1, 11)
-#: By what lies on the tensor core's rows, and how K and V are loaded.
-QUERY_OUTER = tuple(itertools.product(("rows", "keys"), ("pointer", "descriptor")))
-WAYS = ("slots", *map(" ".join, QUERY_OUTER))
-POINTER = ("slots", "rows pointer", "keys pointer")
+#: By what is stored, or lies on the tensor core's rows, and how K and V are loaded.
+WALKS = tuple(itertools.product(("ds", "rows", "keys"), ("pointer", "descriptor")))
+WAYS = ("slots", *map(" ".join, WALKS))
+POINTER = ("slots", "ds pointer", "rows pointer", "keys pointer")
 ORDERS = {"any order": False, "fixed order": True}
 
 
@@ -32,8 +32,9 @@ def built(p: Problem, way: str, **changes) -> Config:
     """A config that makes dq in one of WAYS."""
     if way == "slots":
         return config(p, **changes)
-    operands, loads = way.split()
-    return config(p, **{"dq": "query_outer", "operands": operands, "loads": loads, "dq_stages": 2} | changes)
+    how, loads = way.split()
+    dq = {"dq": "ds"} if how == "ds" else {"dq": "query_outer", "operands": how}
+    return config(p, **dq | {"loads": loads, "dq_stages": 2} | changes)
 
 
 def chosen(rows):
@@ -83,10 +84,10 @@ def test_head_dims_in_a_fixed_order(qk, v):
 
 
 @runs
-@pytest.mark.parametrize("operands", ["rows", "keys"])
-def test_head_dims_by_descriptor(operands):
+@pytest.mark.parametrize("how", ["ds", "rows", "keys"])
+def test_head_dims_by_descriptor(how):
     p = problem(qk=32, v=64)
-    held(p, built(p, f"{operands} descriptor"), (36, 2))
+    held(p, built(p, f"{how} descriptor"), (36, 2))
 
 
 @runs
@@ -125,7 +126,7 @@ def test_kinds(way, kind):
 @pytest.mark.parametrize(("block", "count"), [(16, 1), (16, 3), (64, 2), (32, 16)])
 def test_blocks(block, count):
     """One a query, no power of two of them, more than there are."""
-    for way, deterministic in (("slots", True), ("rows pointer", False)):
+    for way, deterministic in (("slots", True), ("ds pointer", True), ("rows pointer", False)):
         p = problem(block=block, count=count, deterministic=deterministic)
         held(p, built(p, way), (70, 0, 5) if way == "slots" else (36, 0, 5))
 
@@ -151,7 +152,9 @@ def test_tiles_and_records_do_not_change_the_result(changes, order):
 
 
 @runs
-@pytest.mark.parametrize(("way", "order"), [("slots", "any order"), ("slots", "fixed order"), ("rows pointer", "any order")])
+@pytest.mark.parametrize(
+    ("way", "order"), [("slots", "any order"), ("slots", "fixed order"), ("ds pointer", "any order"), ("rows pointer", "any order")]
+)
 def test_a_small_workspace(way, order):
     """Chunks of 64 queries, which begin and end inside sequences; some lists are empty in some chunks."""
     p = problem(count=2, deterministic=ORDERS[order])
@@ -214,7 +217,7 @@ def test_all_queries_on_the_same_blocks(which, order):
 
 
 @runs
-@pytest.mark.parametrize("way", ["slots", "keys pointer"])
+@pytest.mark.parametrize("way", ["slots", "ds pointer", "keys pointer"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_addend(dtype, way):
     p = problem(dtype=dtype)
@@ -261,6 +264,7 @@ def test_a_fixed_order_is_that_of_queries():
         ({"block": 64}, {"operands": "keys", "dq_stages": 1}, "illegally"),
         ({}, {"operands": "keys", "dq_warps": 2}, "leave warps without rows"),
         ({}, {"loads": "descriptor", "dq_stages": 1}, "without a pipeline"),
+        ({}, {"dq": "ds", "operands": None, "dq_stages": 1}, "without a pipeline"),
         ({"qk": 48}, {"loads": "descriptor"}, "head dims are 48 and 16"),
         ({}, {"dkv_warps": 8}, "8 warps on a block of 16 keys"),
         ({"dtype": "float16"}, {"ROWS": 16}, "are for float32"),
@@ -280,7 +284,7 @@ def test_defaults_are_legal(dims, dtype):
         assert space.safe(p) and all(space.default(p, arch) for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
 
 
-@pytest.mark.parametrize("way", ["slots", "rows pointer", "keys pointer"])
+@pytest.mark.parametrize("way", POINTER)
 def test_rendered_is_python(way):
     for dims, debug, deterministic in itertools.product(({}, {"qk": 80, "v": 192}), (False, True), (False, True)):
         p = problem(deterministic=deterministic, **dims)
@@ -300,7 +304,7 @@ for deterministic in (False, True) if arch == "sm_90" else (False,):
     p = problem("bfloat16", 16, 128, 128, 64, 16, deterministic)
     configs = [space.default(p, arch)]
     if arch == "sm_90" and not deterministic:
-        configs.append(built(p, "keys descriptor"))
+        configs += [built(p, "keys descriptor"), built(p, "ds descriptor")]
     for c in configs:
         case = inputs.case(p, seqlens=(8192, 1000), heads_kv=4, device="meta")
         default = c == configs[0]

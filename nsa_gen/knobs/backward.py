@@ -113,14 +113,16 @@ def _rows_fault(p: Problem, name: str, rows: int, other_name: str, columns: int,
 
 
 _QUERY_OUTER = {"dq": ("query_outer",)}
+_WALKS = {"dq": ("ds", "query_outer")}  # a query's blocks, one after the other
 SPACES["selected_attention_bwd"] = Space(
     knobs=(
-        # "slots": each block's part of dq is stored and a query's parts are added up; "query_outer": its blocks are walked once more.
-        Knob("dq", ("slots", "query_outer")),
+        # "slots": each block's part of dq is stored and a query's parts are added up; "ds": gradients of scores are stored, and multiplied
+        # with a query's blocks; "query_outer": these are made anew.
+        Knob("dq", ("slots", "ds", "query_outer")),
         Knob("operands", ("rows", "keys"), _QUERY_OUTER),
-        Knob("loads", ("pointer", "descriptor"), _QUERY_OUTER),
-        Knob("dq_warps", (1, 2, 4), _QUERY_OUTER),
-        Knob("dq_stages", (1, 2, 3), _QUERY_OUTER),
+        Knob("loads", ("pointer", "descriptor"), _WALKS),
+        Knob("dq_warps", (1, 2, 4), _WALKS),
+        Knob("dq_stages", (1, 2, 3, 4), _WALKS),
         Knob("ADD_M", (1, 2, 4, 8), {"dq": ("slots",)}),
         Knob("add_warps", (1, 2, 4), {"dq": ("slots",)}),
         # Tokens a chunk, queries a program, rows of its tiles.
@@ -152,13 +154,13 @@ def _selected_default(p: Problem, wgmma: bool) -> dict[str, Value]:
 
 
 def _selected_fault(p: Problem, c: Config) -> str | None:
-    if c.dq == "query_outer":
+    if c.dq != "slots":
         if reason := descriptor_fault(p, c):
             return reason
-        if c.dq_stages == 1 and (c.loads == "descriptor" or c.operands == "keys"):
+        if c.dq_stages == 1 and (c.loads == "descriptor" or c.dq == "ds" or c.operands == "keys"):
             return "without a pipeline Triton 3.6 makes code for sm_90 that accesses memory illegally"
-        if c.operands == "keys" and c.dq_warps * 16 > max(p.selection_block, 16):
-            return f"{c.dq_warps} warps on a block of {p.selection_block} keys leave warps without rows"
+    if c.dq == "query_outer" and c.operands == "keys" and c.dq_warps * 16 > max(p.selection_block, 16):
+        return f"{c.dq_warps} warps on a block of {p.selection_block} keys leave warps without rows"
     if c.dkv_warps == 8 and p.selection_block < 64:
         return f"8 warps on a block of {p.selection_block} keys leave warps without rows"
     if c.ROWS < 32 and not (_wide(p) or p.dtype == "float32"):

@@ -551,9 +551,10 @@ _dkv = Launcher(
     num_stages=1,
     maxnreg=None,
 )
+_dq_dims = _dims
 _dq = Launcher(
     selected_attention_bwd_dq_kernel,
-    {**_dims, "G_PAD": 16, **_blocks, "SLOTS": 16},
+    {**_dq_dims, "G_PAD": 16, **_blocks, "SLOTS": 16},
     num_warps=1,
     num_stages=1,
 )
@@ -596,10 +597,11 @@ def selected_attention_bwd(
     )  # fmt: skip
     # Scratch of a query: two list entries (for "slots" also its partial results), its share of the records.
     bins = _bins(k.shape[0], batch)
-    slot_bytes = 0
+    slot_elements = 0
+    slot_bytes = slot_elements * q.element_size()
     query_bytes = heads * (slot_bytes + _COUNT * 8 + -(-_COUNT * 8 // _ENTRIES))
     fixed = heads * bins * 16
-    query_elements = max(q.stride(0), do.stride(0), _COUNT)
+    query_elements = max(q.stride(0), do.stride(0), slot_elements, _COUNT)
     most = min((workspace_bytes - fixed) // query_bytes, (2**31 - 1) // query_elements, 65536)
     most = max(most // _TOKENS, 1) * _TOKENS
     chunks = -(-max(queries, 1) // most)

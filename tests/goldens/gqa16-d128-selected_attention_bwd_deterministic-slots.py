@@ -624,11 +624,12 @@ def selected_attention_bwd(
     dv.zero_()
     # Scratch of a query: two list entries (for "slots" also its partial results), its share of the records.
     bins = _bins(k.shape[0], batch)
-    slot_bytes = _COUNT * _GROUP * _D_QK * q.element_size()
+    slot_elements = _COUNT * _GROUP * _D_QK
+    slot_bytes = slot_elements * q.element_size()
     record_bytes = _BLOCK * (_D_QK + _D_V) * 4 + 8
     query_bytes = heads * (slot_bytes + _COUNT * 28 + -(-_COUNT * record_bytes // _ENTRIES))
     fixed = heads * bins * (12 + record_bytes)
-    query_elements = max(q.stride(0), do.stride(0), _COUNT * _GROUP * _D_QK)
+    query_elements = max(q.stride(0), do.stride(0), slot_elements, _COUNT)
     most = min((workspace_bytes - fixed) // query_bytes, (2**31 - 1) // query_elements, 65536)
     most = max(most // _TOKENS, 1) * _TOKENS
     chunks = -(-max(queries, 1) // most)
@@ -639,7 +640,7 @@ def selected_attention_bwd(
     sizes = [heads * n for n in (chunk * _COUNT, chunk * _COUNT, bins, bins, max_records * 2, 1)]
     scratch = torch.empty((sum(sizes),), dtype=torch.int32, device=device)
     rank, entries, counts, offsets, records, totals = scratch.split(sizes)
-    part = torch.empty((heads, _COUNT, chunk, _GROUP, _D_QK), dtype=q.dtype, device=device)
+    part = torch.empty((heads, chunk, slot_elements), dtype=q.dtype, device=device)
     dk_part = torch.empty((heads, max_records, _BLOCK, _D_QK), dtype=torch.float32, device=device)
     dv_part = torch.empty((heads, max_records, _BLOCK, _D_V), dtype=torch.float32, device=device)
     sorted_by = torch.empty((heads, chunk * _COUNT), dtype=torch.int64, device=device)

@@ -1,8 +1,8 @@
 """selected_attention_bwd, rendered by nsa-gen from templates/selected_attention_bwd.py.jinja. Do not edit: change the template.
 
 problem d5ffaab01b99: dtype=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 selection_block=64 count=16 deterministic=False varlen=False
-config  bf5b42aaced8: CHUNK=65536 ENTRIES=128 ROWS=32 dkv_registers=None dkv_stages=1 dkv_warps=4 dq=query_outer dq_stages=2 dq_warps=1
-    loads=descriptor operands=rows
+config  14adfeb99eea: CHUNK=65536 ENTRIES=128 ROWS=32 dkv_registers=None dkv_stages=1 dkv_warps=4 dq=ds dq_stages=2 dq_warps=1
+    loads=descriptor
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -322,6 +322,7 @@ def selected_attention_bwd_dkv_kernel(
     records_ptr,  # [Hkv, max_records, 2] int32
     totals_ptr,  # [Hkv] int32
     list_ptr,  # [Hkv, chunk * COUNT] int32
+    part_ptr,  # [Hkv, COUNT, chunk, BLOCK, G]: gate * ds
     dk_ptr,  # [T, Hkv, D_QK] fp32
     dv_ptr,  # [T, Hkv, D_V] fp32
     cu_seqlens,
@@ -390,6 +391,7 @@ def selected_attention_bwd_dkv_kernel(
     q_member = tl.multiple_of(stride_qh.to(tl.int32), 8)
     do_step = tl.multiple_of(stride_dot.to(tl.int32), 8)
     do_member = tl.multiple_of(stride_doh.to(tl.int32), 8)
+    part_head = part_ptr + head.to(tl.int64) * COUNT * chunk * G * BLOCK
     for row0 in tl.range(0, entries * G, BLOCK_M):
         row = row0 + tl.arange(0, BLOCK_M)
         valid = row < entries * G
@@ -404,9 +406,11 @@ def selected_attention_bwd_dkv_kernel(
         do_tail = None
         lse, delta, gate = load_numbers(lse_ptr, delta_ptr, gate_ptr, token * (heads * G) + head * G + member, valid)
         seen = (key[:, None] <= (first + token)[None, :]) & valid[None, :]
-        dk, dk_tail, dv, dv_tail, _ = dkv_step(
+        dk, dk_tail, dv, dv_tail, ds = dkv_step(
             k, k_tail, v, v_tail, dk, dk_tail, dv, dv_tail, q, q_tail, do, do_tail, lse, delta, gate, seen, None, qk_scale, LOCAL == 0
         )  # fmt: skip
+        place = (entry % COUNT * chunk + token) * (BLOCK * G) + member
+        tl.store(part_head + place[None, :] + column[:, None] * G, ds, mask=valid[None, :], cache_modifier=".cs")
     out = key.to(tl.int64) * heads + head
     place = (out * D_QK)[:, None] + tl.arange(0, DQ)
     tl.atomic_add(dk_ptr + place, dk * scale, mask=held[:, None], sem="relaxed")
@@ -416,85 +420,57 @@ def selected_attention_bwd_dkv_kernel(
 
 @triton.jit
 def selected_attention_bwd_dq_kernel(
-    q_ptr,  # [T, Hq, D_QK]
+    part_ptr,  # [Hkv, COUNT, chunk, BLOCK, G]: gate * ds
     k_ptr,  # [T, Hkv, D_QK], or its descriptor
-    v_ptr,  # [T, Hkv, D_V], or its descriptor
-    index_ptr,  # [T, Hkv, COUNT] int32, ascending, -1 last
-    do_ptr,  # [T, Hq, D_V]
-    lse_ptr,  # [T, Hq] fp32, natural log
-    delta_ptr,  # [T, Hq] fp32
-    gate_ptr,  # [T, Hq] fp32
-    dq_ptr,  # [T, Hq, D_QK], contiguous
+    index_ptr,  # [last - first, Hkv, COUNT] int32, ascending, -1 last
+    dq_ptr,  # [last - first, Hq, D_QK], contiguous
     dq_add_ptr,  # as dq, or None
     cu_seqlens,
     scale: tl.float32,
-    queries: tl.int32,
+    first: tl.int32,
+    last: tl.int32,
     heads: tl.int32,
     batch: tl.int32,
     seqlen: tl.int32,
-    stride_qt: tl.int64,
-    stride_qh: tl.int64,
+    chunk: tl.int32,
     stride_kt: tl.int64,
     stride_kh: tl.int64,
-    stride_vt: tl.int64,
-    stride_vh: tl.int64,
-    stride_dot: tl.int64,
-    stride_doh: tl.int64,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     D_QK: tl.constexpr,
     DQ: tl.constexpr,
     DQ_TAIL: tl.constexpr,
-    D_V: tl.constexpr,
-    DV: tl.constexpr,
-    DV_TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     LOCAL: tl.constexpr,
     TYPES: tl.constexpr,
 ):
-    """dq of one token and KV head, over its blocks: K and V come from L2."""
+    """dq of one token and KV head: its blocks' ds, times their K, which comes from L2."""
     head = tl.program_id(1)
-    token = queries - 1 - tl.program_id(0)  # late queries have the most blocks: they go first
-    b = find_sequence(token, cu_seqlens, batch, seqlen)
+    local = last - first - 1 - tl.program_id(0)  # late queries have the most blocks: they go first
+    b = find_sequence(first + local, cu_seqlens, batch, seqlen)
     start = sequence_start(cu_seqlens, b, seqlen)
-    position = token - start
     length = sequence_start(cu_seqlens, b + 1, seqlen) - start
     member = tl.arange(0, G_PAD)
     valid = member < G
-    place = token.to(tl.int64) * (heads * G) + head * G + member
-    q_rows = token.to(tl.int64) * stride_qt + (head * G + member) * stride_qh
-    do_rows = token.to(tl.int64) * stride_dot + (head * G + member) * stride_doh
-    q = load_rows(q_ptr, q_rows, valid, D_QK, 0, DQ, True)  # [G_PAD, DQ]
-    do = load_rows(do_ptr, do_rows, valid, D_V, 0, DV, True)
-    lse, delta, gate = load_numbers(lse_ptr, delta_ptr, gate_ptr, place, valid)
-    dq = tl.zeros([G_PAD, DQ], tl.float32)
-    q_tail = None
-    dq_tail = delta  # there is no tail
-    do_tail = None
-    # All indices at once: a load of one inside the loop would keep K and V loads from being pipelined.
     slots = tl.arange(0, SLOTS)
-    indices = tl.load(index_ptr + (token.to(tl.int64) * heads + head) * COUNT + slots, mask=slots < COUNT, other=-1)
-    qk_scale = scale * 1.4426950408889634
+    indices = tl.load(index_ptr + (local.to(tl.int64) * heads + head) * COUNT + slots, mask=slots < COUNT, other=-1)
     column = tl.arange(0, BLOCK)
+    part = part_ptr + (head.to(tl.int64) * COUNT * chunk + local) * (BLOCK * G)
+    places = column[:, None] * G + member[None, :]
+    slot_size = (chunk * (BLOCK * G)).to(tl.int64)
+    dq = tl.zeros([DQ, G_PAD], tl.float32)  # the head dim fills the tensor core's rows
     for slot in range(0, tl.sum((indices >= 0).to(tl.int32), 0) - LOCAL):  # local blocks come last
         block = tl.sum(tl.where(slots == slot, indices, 0), 0)
-        key = block * BLOCK + column
-        inside = key < length
+        inside = block * BLOCK + column < length
         k = k_ptr.load([start + block * BLOCK, (head * stride_kh).to(tl.int32)])  # [BLOCK, DQ]
-        v = v_ptr.load([start + block * BLOCK, (head * stride_vh).to(tl.int32)])  # [BLOCK, DV]
-        # Rows past the sequence's end may hold anything: a NaN times 0 would reach dq.
-        k = tl.where(inside[:, None], k, 0.0)
-        v = tl.where(inside[:, None], v, 0.0)
-        k_tail = None
-        v_tail = None
-        seen = (key <= position)[None, :]
-        dq, dq_tail = dq_step(
-            q, q_tail, do, do_tail, lse, delta, dq, dq_tail, k, k_tail, v, v_tail, seen, None, qk_scale, LOCAL == 0
-        )  # fmt: skip
-    factor = scale * gate[:, None]
-    store_rows(dq_ptr, dq_add_ptr, place * D_QK, valid, dq * factor, D_QK, 0, DQ)
+        if LOCAL == 0:  # only an own block, a local one, may be cut off: rows past the sequence's end may hold anything
+            k = tl.where(inside[:, None], k, 0.0)
+        ds = tl.load(part + slot * slot_size + places, mask=valid[None, :], other=0.0)
+        dq = tl.dot(tl.trans(k), ds, dq, input_precision="ieee")
+    place = local.to(tl.int64) * (heads * G) + head * G + member
+    store_rows(dq_ptr, dq_add_ptr, place * D_QK, valid, tl.trans(dq) * scale, D_QK, 0, DQ)
 
 
 def types(*tensors):
@@ -552,9 +528,10 @@ _dkv = Launcher(
     num_stages=1,
     maxnreg=None,
 )
+_dq_dims = {"G": _GROUP, **_qk_dims}
 _dq = Launcher(
     selected_attention_bwd_dq_kernel,
-    {**_dims, "G_PAD": 16, **_blocks, "SLOTS": 16},
+    {**_dq_dims, "G_PAD": 16, **_blocks, "SLOTS": 16},
     num_warps=1,
     num_stages=2,
 )
@@ -583,25 +560,21 @@ def selected_attention_bwd(
         local: how many blocks of a query, its own the last, are left out: of indices as ``select_topk`` makes them.
     """
     queries, heads, device = q.shape[0], k.shape[1], q.device
-    k, v = Launcher.in_rows(k), Launcher.in_rows(v)
-    keys = Launcher.rows(k, _BLOCK), Launcher.rows(v, _BLOCK)
+    k = Launcher.in_rows(k)
+    keys = Launcher.rows(k, _BLOCK)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2])
     out = dk, dv
     if dk.dtype != torch.float32:
         dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=device) for x in out)
     dk.zero_()
     dv.zero_()
-    _dq(
-        (queries, heads),
-        q, *keys, block_indices, do, lse, delta, gate, dq, dq_add, cu_seqlens, scale, queries, heads, batch, max_seqlen, *strides,
-        LOCAL=local, TYPES=types(dq_add),
-    )  # fmt: skip
     # Scratch of a query: two list entries (for "slots" also its partial results), its share of the records.
     bins = _bins(k.shape[0], batch)
-    slot_bytes = 0
+    slot_elements = _COUNT * _GROUP * _BLOCK
+    slot_bytes = slot_elements * q.element_size()
     query_bytes = heads * (slot_bytes + _COUNT * 8 + -(-_COUNT * 8 // _ENTRIES))
     fixed = heads * bins * 16
-    query_elements = max(q.stride(0), do.stride(0), _COUNT)
+    query_elements = max(q.stride(0), do.stride(0), slot_elements, _COUNT)
     most = min((workspace_bytes - fixed) // query_bytes, (2**31 - 1) // query_elements, 65536)
     most = max(most // _TOKENS, 1) * _TOKENS
     chunks = -(-max(queries, 1) // most)
@@ -612,6 +585,7 @@ def selected_attention_bwd(
     sizes = [heads * n for n in (chunk * _COUNT, chunk * _COUNT, bins, bins, max_records * 2, 1)]
     scratch = torch.empty((sum(sizes),), dtype=torch.int32, device=device)
     rank, entries, counts, offsets, records, totals = scratch.split(sizes)
+    part = torch.empty((heads, chunk, slot_elements), dtype=q.dtype, device=device)
     rows_of = (q, do, lse, delta, gate, block_indices, dq, dq_add)
     for begin in range(0, queries, chunk):
         end = min(begin + chunk, queries)
@@ -625,8 +599,13 @@ def selected_attention_bwd(
         _scatter(list_grid, block_indices, rank, offsets, entries, *where, bins, chunk, LOCAL=local)
         _dkv(
             (max_records, heads),
-            q, k, v, do, lse, delta, gate, counts, offsets, records, totals, entries, dk, dv, cu_seqlens,
+            q, k, v, do, lse, delta, gate, counts, offsets, records, totals, entries, part, dk, dv, cu_seqlens,
             scale, begin, heads, batch, max_seqlen, bins, chunk, max_records, *strides, LOCAL=local,
+        )  # fmt: skip
+        _dq(
+            (end - begin, heads),
+            part, keys, block_indices, dq, dq_add, cu_seqlens, scale, begin, end, heads, batch, max_seqlen, chunk, *k.stride()[:2],
+            LOCAL=local, TYPES=types(dq_add),
         )  # fmt: skip
     if dk is not out[0]:
         add_up(dk, 1, None, out[0])
