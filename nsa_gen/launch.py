@@ -158,8 +158,9 @@ class Launcher:
             bound = self._bound[key] = self._bind(args, extra)
         run, function, metadata, tail = bound
         run(grid_x, grid_y, grid_z, current_stream(device), function, metadata, None, None, None, *args, *tail)
-        if _watcher is not None:
-            _watcher(run, function, metadata, (grid_x, grid_y, grid_z), args, tail)
+        watcher = _watcher  # read once: its thread may be done with it at any time
+        if watcher is not None:
+            watcher(run, function, metadata, (grid_x, grid_y, grid_z), args, tail)
 
     @staticmethod
     def in_rows(x: torch.Tensor) -> torch.Tensor:

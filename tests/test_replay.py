@@ -201,6 +201,11 @@ def test_one_tensor_in_two_places_is_not_replayed(device):
         got, itself = calls(run, q, [q, q], gate, 0.25)
         assert itself
         same(got, whole(q, [q, q], gate, 0.25))
+    for seed in range(3):  # three tensors of the same kind are
+        given = q.clone(), [q.clone(), q.clone()], gate, 0.25
+        got, itself = calls(run, *given)
+        assert itself == (seed < 1)
+        same(got, whole(*given))
 
 
 def test_scratch_past_the_workspace_is_not_replayed(device, monkeypatch):
@@ -235,6 +240,22 @@ def test_clear_forgets_records(device):
     assert not calls(run, *arguments(3), 0.25)[1]
     kernels.clear()
     assert calls(run, *arguments(3), 0.25)[1]
+
+
+def test_what_was_recorded_of_forgotten_kernels_is_dropped(device):
+    def call(q, n):
+        if len(ran) == 1:  # while it is watched
+            kernels.clear()
+        ran.append(1)
+        launched(q, q, out := torch.empty_like(q), n, 1.0)
+        return out
+
+    ran: list[int] = []
+    run = replay.replayed(call)
+    for seed in range(5):
+        q, *_ = arguments(seed)
+        assert torch.equal(run(q, 20), 2 * q)
+    assert len(ran) == 4  # once, watched in vain, once more, watched; then replayed
 
 
 def test_what_is_remembered_is_bounded(device, monkeypatch):

@@ -44,11 +44,9 @@ def find_sequence(token, cu_seqlens, batch, seqlen):
     return token // seqlen
 
 
-# The blocks near a query (initial and local) are read by almost every query. They would make a few lists as long as the sequence,
-# so they never enter the lists: the merge kernel attends to them directly. `dense` says which blocks those are.
 @triton.jit
 def dense(block, current, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
-    """Whether a chosen block is attended by the merge kernel (else it goes through the lists)."""
+    """Whether a chosen block is served elsewhere."""
     return (block < INITIAL) | (block > current - LOCAL)
 
 
