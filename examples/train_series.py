@@ -70,7 +70,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
     """The GPU's or the CPU's setup, with what the command line says."""
     if options.small(arguments):
         chosen = Setup(
-            Spec.from_dict(SMALL_SPEC), lag=40, train=200_000, validation=10_000, test=20_000, windows=series.Windows(64, 64),
+            Spec.from_dict(SMALL_SPEC), lag=40, train=200_000, validation=5_000, test=15_000, windows=series.Windows(64, 64),
             tokens=300_000, batch_tokens=2048, width=64, layers=1, theta=1000.0, lr=3e-3,
         )  # fmt: skip
     else:

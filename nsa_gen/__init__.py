@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import PagedKVCache
     from .errors import InputError, NotTuned, NSAError, SpecError
     from .kernels import override, resolve
     from .lookup import Resolution
@@ -35,6 +36,7 @@ _HOME = {
     "NSAttention": "module",
     "NSAError": "errors",
     "NotTuned": "errors",
+    "PagedKVCache": "cache",
     "Resolution": "lookup",
     "Spec": "spec",
     "SpecError": "errors",
@@ -50,8 +52,8 @@ _HOME = {
 }
 
 __all__ = [
-    "InputError", "NSAError", "NSAttention", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
-    "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
+    "InputError", "NSAError", "NSAttention", "NotTuned", "PagedKVCache", "Resolution", "Spec", "SpecError", "__version__", "combine",
+    "compress", "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 ]  # fmt: skip
 
 

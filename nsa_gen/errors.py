@@ -54,6 +54,16 @@ class InputError(NSAError, ValueError):
     """An argument of an operator has a wrong rank, shape, dtype, device or value."""
 
 
+class OutOfPages(NSAError, RuntimeError):
+    """A KV cache has not enough free pages, or sequences; nothing of it has changed. Free some sequences and try again."""
+
+
+class UnknownSequence(NSAError, KeyError):
+    """A sequence is not in this KV cache: freed already, or of another cache."""
+
+    __str__ = Exception.__str__  # a KeyError shows the repr
+
+
 class CacheError(NSAError, OSError):
     """A cache or table folder cannot be written where writing was asked for."""
 

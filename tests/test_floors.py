@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nsa_gen"
 
 #: Modules by floor. One imports lower floors, and of its own floor those named before it.
 FLOORS = (
-    ("errors", "paths", "versions", "timing", "launch"),
+    ("errors", "paths", "versions", "timing", "launch", "pages"),
     ("geometry", "spec", "config", "device"),
     ("render", "knobs", "space", "row", "table", "lookup", "reference", "reference_backward", "acceptance", "values", "inputs"),
     ("loader", "precompile"),
@@ -28,7 +28,22 @@ FLOORS = (
 RANK = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 
 #: Modules that need neither torch nor triton to be imported.
-PLAIN = ("errors", "paths", "versions", "geometry", "spec", "config", "device", "render", "knobs", "space", "row", "table", "lookup")
+PLAIN = (
+    "errors",
+    "paths",
+    "versions",
+    "pages",
+    "geometry",
+    "spec",
+    "config",
+    "device",
+    "render",
+    "knobs",
+    "space",
+    "row",
+    "table",
+    "lookup",
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

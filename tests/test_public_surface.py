@@ -11,8 +11,8 @@ import nsa_gen
 from nsa_gen import ops
 
 SURFACE = {
-    "InputError", "NSAttention", "NSAError", "NotTuned", "Resolution", "Spec", "SpecError", "__version__", "combine", "compress",
-    "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
+    "InputError", "NSAError", "NSAttention", "NotTuned", "PagedKVCache", "Resolution", "Spec", "SpecError", "__version__", "combine",
+    "compress", "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
 }  # fmt: skip
 
 

@@ -1,0 +1,346 @@
+"""``PagedKVCache``: keys and values of many sequences for serving, in pages of one pool, with their compressed tokens.
+
+Rows of K and V lie in pages ``[pages,Hkv,page_size,D]``. Every sequence has *streams* of rows, each with a table of pages:
+
+* shared K and V: ``tokens`` and ``compressed``;
+* K and V per branch (paper section 3.3.3): ``pooled`` (what φ has yet to read), ``selected``, ``sliding`` and ``compressed``. Of ``pooled``
+  and ``sliding`` only the rows that are still read are kept.
+
+Which page is whose is decided on the host (:mod:`nsa_gen.pages`), which knows all lengths and never waits for the device; tables and
+lengths are mirrored there for the kernels. Row ``r`` of stream ``s`` of a sequence in slot ``i`` is row ``r % page_size`` of page
+``tables[s,i,r // page_size]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from .branches import compression
+from .branches._inputs import DTYPES, SpecLike, geometry_of
+from .errors import InputError, allowed
+from .pages import Change, Pages, Stream
+from .spec import load
+
+__all__ = ["PagedKVCache"]
+
+#: What K and V may be stored in besides their own dtype, and the largest number it holds.
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+Branches = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, and their compressed tokens, in pages.
+
+    Args:
+        spec: a name in ``specs/``, a path, or a ``Spec``: heads, head dims, blocks, and whether K and V are per branch.
+        pages: how many there are. A sequence of n tokens takes ``ceil(n / page_size)`` and, for n/stride compressed tokens, as many less.
+        page_size: rows a page: a multiple of the spec's selection block, so that a block never lies in two.
+        max_sequences: that exist at a time.
+        max_seqlen: tokens of a sequence.
+        dtype: of K and V as given and as read; default the spec's.
+        storage: dtype of what is stored: ``dtype`` (default), or ``torch.float8_e4m3fn``.
+        k_scale, v_scale: with fp8, what stored numbers are multiplied by: a number, ``[Hkv]``, or ``[streams,Hkv]`` in the order of
+            ``streams``. Numbers past 448 times that are clipped.
+        phi_k, phi_v: weights of φ, see :func:`nsa_gen.compress`.
+        rewind: tokens that can be taken back at a time where rows are given up (per branch): speculation that was wrong.
+        heads_kv: KV heads; default the spec's, another number for a tensor-parallel shard.
+        device: of pages and tables.
+
+    Attributes:
+        streams: names of the tables, in order.
+        k_pages, v_pages: ``[pages,Hkv,page_size,Dqk]`` and ``[…,Dv]``.
+        tables: int32 ``[streams,max_sequences,max_pages]``.
+        lengths: int32 ``[max_sequences]``, tokens by slot.
+
+    Raises:
+        InputError: an argument is impossible; the message names it and what is allowed.
+        SpecError: no such spec, or a broken one.
+    """
+
+    def __init__(
+        self,
+        spec: SpecLike,
+        pages: int,
+        *,
+        page_size: int = 64,
+        max_sequences: int = 256,
+        max_seqlen: int = 131072,
+        dtype: torch.dtype | None = None,
+        storage: torch.dtype | None = None,
+        k_scale: float | Tensor = 1.0,
+        v_scale: float | Tensor = 1.0,
+        phi_k: Sequence[Tensor] = (),
+        phi_v: Sequence[Tensor] = (),
+        rewind: int = 16,
+        heads_kv: int | None = None,
+        device: str | torch.device = "cuda",
+    ):
+        loaded = load(spec) if not hasattr(spec, "key") else spec
+        g = self.geometry = geometry_of(loaded)
+        self.spec, self.per_branch = loaded, loaded.kv == "per_branch"
+        self.dtype = dtype or getattr(torch, loaded.dtype)
+        self.storage = storage or self.dtype
+        for name, value, least in (
+            ("pages", pages, 0), ("max_sequences", max_sequences, 1), ("max_seqlen", max_seqlen, 1), ("rewind", rewind, 0),
+        ):  # fmt: skip
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number from {least}, got {value!r}")
+        if not isinstance(page_size, int) or page_size < 1 or page_size % g.selection_block:
+            raise InputError(f"page_size must be a multiple of the selection block, {g.selection_block}, got {page_size!r}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype: {allowed(self.dtype, DTYPES)}")
+        if self.storage not in (self.dtype, FP8):
+            raise InputError(f"storage: {allowed(self.storage, (self.dtype, FP8))}")
+        heads = self.heads_kv = g.kv if heads_kv is None else heads_kv
+        self.device, self.page_size = torch.device(device), page_size
+        made = {"device": self.device}
+        for name, weights, dim in (("phi_k", phi_k, g.qk), ("phi_v", phi_v, g.v)):
+            compression.check_weights(name, tuple(weights), torch.empty(0, heads, dim, dtype=self.dtype, **made), g)
+        self.phi = tuple(phi_k), tuple(phi_v)
+
+        def compressed(tokens: int) -> int:
+            return max(0, (tokens - g.block) // g.stride + 1)
+
+        def all_of(tokens: int) -> int:
+            return tokens
+
+        streams = {"tokens": Stream(all_of)} if not self.per_branch else {
+            "pooled": Stream(all_of, keep=g.block - 1), "selected": Stream(all_of), "sliding": Stream(all_of, keep=g.window - 1),
+        }  # fmt: skip
+        streams["compressed"] = Stream(compressed)
+        self.streams = tuple(streams)
+        self._pages = Pages(pages, page_size, tuple(streams.values()), max_sequences, max_seqlen, rewind)
+        self.k_pages, self.v_pages = (torch.zeros(pages, heads, page_size, dim, dtype=self.storage, **made) for dim in (g.qk, g.v))
+        self.tables = torch.zeros(len(streams), max_sequences, -(-max_seqlen // page_size), dtype=torch.int32, **made)
+        self.lengths = torch.zeros(max_sequences, dtype=torch.int32, **made)
+        self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
+
+    # --- sequences -----------------------------------------------------------------------------------------------------------------
+
+    def create(self) -> int:
+        """A new sequence without tokens: its id, which no other sequence of any cache ever has.
+
+        Raises:
+            OutOfPages: ``max_sequences`` exist.
+        """
+        made = self._pages.create()
+        self._set_lengths([made])
+        return made
+
+    def fork(self, sequence: int, tokens: int | None = None) -> int:
+        """A sequence that begins as another's first ``tokens`` (default all). Pages are shared until one of them writes into its last.
+
+        Raises:
+            UnknownSequence: freed already, or of another cache.
+            OutOfPages: ``max_sequences`` exist.
+            InputError: more tokens than there are, or rows of theirs were given up.
+        """
+        made, change = self._pages.fork(sequence, tokens)
+        self._apply(change)
+        self._set_lengths([made])
+        return made
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Take back all but a sequence's first ``tokens``.
+
+        Raises:
+            UnknownSequence, InputError: as for :meth:`fork`.
+        """
+        self._pages.truncate(sequence, tokens)
+        self._set_lengths([sequence])
+
+    def free(self, *sequences: int) -> None:
+        """Forget sequences; pages that nobody else holds are free again.
+
+        Raises:
+            UnknownSequence: one is not in this cache, or given twice; none is freed then.
+        """
+        self._pages.drop(sequences)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence. Raises ``UnknownSequence``."""
+        return self._pages.find(sequence).tokens
+
+    def slots(self, sequences: Sequence[int]) -> Tensor:
+        """Where sequences are in ``tables`` and ``lengths``, int32 on the device. Raises ``UnknownSequence``."""
+        return self._int32([self._pages.find(sequence).slot for sequence in sequences])
+
+    # --- pages -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def pages_free(self) -> int:
+        """Pages that nobody holds."""
+        return self._pages.free
+
+    @property
+    def pages_total(self) -> int:
+        """All pages."""
+        return self._pages.total
+
+    def pages_needed(self, tokens: Mapping[int, int]) -> int:
+        """Pages that :meth:`append` would take for so many more tokens of each sequence. Raises ``UnknownSequence``, ``InputError``."""
+        return self._pages.needed(tokens)
+
+    # --- rows --------------------------------------------------------------------------------------------------------------------
+
+    def append(self, sequences: Sequence[int], k: Branches, v: Branches, tokens: Sequence[int] | None = None) -> None:
+        """Add tokens to sequences, and the compressed tokens that are complete with them.
+
+        Args:
+            sequences: each once.
+            k, v: ``[T,Hkv,Dqk]``, ``[T,Hkv,Dv]``, the sequences' tokens one after the other; where K and V are per branch three of each,
+                for the compressed, selected and sliding branch.
+            tokens: of each sequence, T in all; default as many of each. Numbers on the host: reading them from the device would stall it.
+
+        Raises:
+            UnknownSequence: one is not in this cache.
+            OutOfPages: not enough are free.
+            InputError: another shape, dtype, device or number of tokens, or a sequence longer than ``max_seqlen``. In all three cases the
+                cache is as before.
+        """
+        given = self._given(k, v)
+        more = self._counts(sequences, given[0][0].shape[0], tokens)
+        before = {sequence: self._pages.find(sequence).tokens for sequence in more}
+        self._apply(self._pages.extend(more))
+        for stream, (x, y) in enumerate(given):
+            self._write(stream, [(s, before[s], before[s] + n) for s, n in more.items()], x, y)
+        self._compress(more, before)
+        self._set_lengths(list(more))
+
+    def read(self, sequence: int, stream: str = "tokens") -> tuple[Tensor, Tensor]:
+        """K and V of a stream, ``[rows,Hkv,Dqk]`` and ``[rows,Hkv,Dv]`` in ``dtype``, in one piece.
+
+        Raises:
+            UnknownSequence: not in this cache.
+            InputError: no such stream, or rows of it were given up.
+        """
+        held = self._pages.find(sequence)
+        if stream not in self.streams:
+            raise InputError(f"stream: {allowed(stream, self.streams)}")
+        number = self.streams.index(stream)
+        if None in held.pages[number]:
+            raise InputError(f"stream {stream!r} of sequence {sequence} has given its first rows up")
+        rows = self._pages.streams[number].rows(held.tokens)
+        k, v = self._rows(number, [(sequence, 0, rows)])
+        return k, v
+
+    # --- parts -------------------------------------------------------------------------------------------------------------------
+
+    def _given(self, k: Branches, v: Branches) -> list[tuple[Tensor, Tensor]]:
+        """K and V of each stream that takes tokens, checked."""
+        g, found = self.geometry, []
+        wanted = 3 if self.per_branch else 1
+        for name, x, dim in (("k", k, g.qk), ("v", v, g.v)):
+            several = list(x) if isinstance(x, tuple | list) else [x]
+            if len(several) != wanted or isinstance(x, tuple | list) != self.per_branch:
+                need = "three tensors, for the compressed, selected and sliding branch" if self.per_branch else "one tensor"
+                raise InputError(f"{name} must be {need} (kv: {self.spec.kv}), got {len(several)}")
+            for y in several:
+                if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[1:] != (self.heads_kv, dim):
+                    shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                    raise InputError(f"{name} must be [T, Hkv, D] = [T, {self.heads_kv}, {dim}], got {shape}")
+                if y.dtype != self.dtype or y.device.type != self.device.type:
+                    raise InputError(f"{name} must be {self.dtype} on {self.device}, got {y.dtype} on {y.device}")
+            found.append(several)
+        total = found[0][0].shape[0]
+        if any(y.shape[0] != total for several in found for y in several):
+            raise InputError(f"k and v must have the same tokens, got {[y.shape[0] for several in found for y in several]}")
+        return list(zip(*found, strict=True))
+
+    def _counts(self, sequences: Sequence[int], total: int, tokens: Sequence[int] | None) -> dict[int, int]:
+        if len(set(sequences)) != len(sequences):
+            raise InputError(f"sequences: each once, got {list(sequences)}")
+        if tokens is None:
+            if total % max(len(sequences), 1) or (total and not sequences):
+                raise InputError(f"{total} tokens for {len(sequences)} sequences: say with tokens= how many each has")
+            tokens = [total // len(sequences)] * len(sequences) if sequences else []
+        if len(tokens) != len(sequences) or sum(tokens) != total or min(tokens, default=0) < 0:
+            raise InputError(f"tokens must be {len(sequences)} numbers from 0 that add up to {total}, got {list(tokens)}")
+        return dict(zip(sequences, map(int, tokens), strict=True))
+
+    def _compress(self, more: Mapping[int, int], before: Mapping[int, int]) -> None:
+        """Write the compressed tokens that ``more`` has completed. φ reads what is stored, so it matters not how tokens came in."""
+        g, number = self.geometry, len(self.streams) - 1
+        rows = self._pages.streams[number].rows
+        new = [(s, rows(before[s]), rows(before[s] + n)) for s, n in more.items()]
+        new = [(s, first, last) for s, first, last in new if last > first]
+        if not new:
+            return
+        reach = [(s, first * g.stride, (last - 1) * g.stride + g.block) for s, first, last in new]
+        limits = [0, *accumulate(end - begin for _, begin, end in reach)]
+        where: dict[str, Any] = {"spec": self.spec, "cu_seqlens": self._int32(limits), "max_seqlen": max(e - b for _, b, e in reach)}
+        rows_of = [np.arange(last - first) + limit // g.stride for (_, first, last), limit in zip(new, limits[:-1], strict=True)]
+        index = torch.from_numpy(np.concatenate(rows_of)).to(self.device)
+        with torch.no_grad():
+            x, y = self._rows(0, reach)
+            made = (ops.compress(x, self.phi[0], which="k", **where), ops.compress(y, self.phi[1], which="v", **where))
+        self._write(number, new, *(x[index] for x in made))
+
+    def _places(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """Page and row in it of rows ``first`` to ``last`` of some sequences, one after the other."""
+        pages, offsets = [], []
+        for sequence, first, last in spans:
+            row = np.arange(first, last)
+            index = row // self.page_size
+            held = self._pages.find(sequence).pages[stream]
+            low = first // self.page_size
+            pages.append(np.array(held[low : -(-last // self.page_size)] or [0], dtype=np.int64)[index - low])
+            offsets.append(row % self.page_size)
+        made = torch.from_numpy(np.stack([np.concatenate(pages), np.concatenate(offsets)])).to(self.device)
+        return made[0], made[1]
+
+    def _write(self, stream: int, spans: Sequence[tuple[int, int, int]], k: Tensor, v: Tensor) -> None:
+        if not spans:
+            return
+        page, row = self._places(stream, spans)
+        for pages, x, scale in ((self.k_pages, k, self.k_scale[stream]), (self.v_pages, v, self.v_scale[stream])):
+            if self.storage is FP8:
+                x = (x.float() / scale[:, None]).clamp(-_FP8_MAX, _FP8_MAX).to(FP8)
+            _bits(pages)[page, :, row] = _bits(x)
+
+    def _rows(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """``[rows,Hkv,D]`` of K and V in ``dtype``."""
+        page, row = self._places(stream, spans)
+        k, v = (_bits(pages)[page, :, row].view(self.storage) for pages in (self.k_pages, self.v_pages))
+        if self.storage is FP8:
+            k, v = ((x.float() * s[stream][:, None]).to(self.dtype) for x, s in ((k, self.k_scale), (v, self.v_scale)))
+        return k, v
+
+    def _apply(self, change: Change) -> None:
+        if change.copies:
+            source, target = torch.tensor(change.copies, device=self.device).T
+            for pages in (self.k_pages, self.v_pages):
+                _bits(pages)[target] = _bits(pages)[source]
+        if change.entries:
+            stream, slot, index, page = torch.tensor(change.entries, device=self.device).T
+            self.tables[stream, slot, index] = page.to(torch.int32)
+
+    def _set_lengths(self, sequences: Sequence[int]) -> None:
+        held = [self._pages.find(sequence) for sequence in sequences]
+        slots, tokens = torch.tensor([[x.slot for x in held], [x.tokens for x in held]], dtype=torch.int64, device=self.device)
+        self.lengths[slots] = tokens.to(torch.int32)
+
+    def _int32(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def _scale(self, name: str, scale: float | Tensor) -> Tensor:
+        shape = (len(self.streams), self.heads_kv)
+        if isinstance(scale, Tensor) and scale.shape not in (shape[1:], shape):
+            raise InputError(f"{name} must be a number, [{shape[1]}] or {list(shape)} ({', '.join(self.streams)}), got {list(scale.shape)}")
+        made = torch.as_tensor(scale, dtype=torch.float32).to(self.device).expand(shape).contiguous()
+        if self.device.type != "meta" and not bool((made > 0).all() & made.isfinite().all()):
+            raise InputError(f"{name} must be positive and finite, got {scale!r}")
+        return made
+
+
+def _bits(x: Tensor) -> Tensor:
+    """fp8 as bytes: torch does not index fp8 tensors."""
+    return x.view(torch.uint8) if x.dtype is FP8 else x
