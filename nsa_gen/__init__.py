@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         selected_attention,
         sliding_attention,
     )
+    from .serving import nsa_decode
     from .spec import Spec
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOME = {
     "compress": "ops",
     "compressed_attention": "ops",
     "nsa_attention": "ops",
+    "nsa_decode": "serving",
     "override": "kernels",
     "resolve": "kernels",
     "select_blocks": "ops",
@@ -53,7 +55,8 @@ _HOME = {
 
 __all__ = [
     "InputError", "NSAError", "NSAttention", "NotTuned", "PagedKVCache", "Resolution", "Spec", "SpecError", "__version__", "combine",
-    "compress", "compressed_attention", "nsa_attention", "override", "resolve", "select_blocks", "selected_attention", "sliding_attention",
+    "compress", "compressed_attention", "nsa_attention", "nsa_decode", "override", "resolve", "select_blocks", "selected_attention",
+    "sliding_attention",
 ]  # fmt: skip
 
 

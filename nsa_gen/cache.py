@@ -24,6 +24,7 @@ from torch import Tensor
 from . import ops
 from .branches import compression
 from .branches._inputs import DTYPES, SpecLike, geometry_of
+from .branches.decode import STREAMS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
 from .spec import load
@@ -32,6 +33,8 @@ __all__ = ["PagedKVCache"]
 
 #: What K and V may be stored in besides their own dtype, and the largest number it holds.
 FP8 = torch.float8_e4m3fn
+#: New tokens of a sequence that are decoded at a time, at most: one, or what is speculated.
+MOST_TOKENS = 8
 _FP8_MAX = 448.0
 Branches = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -121,7 +124,14 @@ class PagedKVCache:
         self.k_pages, self.v_pages = (torch.zeros(pages, heads, page_size, dim, dtype=self.storage, **made) for dim in (g.qk, g.v))
         self.tables = torch.zeros(len(streams), max_sequences, -(-max_seqlen // page_size), dtype=torch.int32, **made)
         self.lengths = torch.zeros(max_sequences, dtype=torch.int32, **made)
+        self.max_seqlen = max_seqlen
         self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
+        self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, dtype=torch.int32, **made)
+        chosen = list(STREAMS[len(streams)])
+        #: What decoding multiplies by: compressed K, selected and sliding K, the same of V, compressed V; nothing where nothing is scaled.
+        self.scales: tuple[Tensor, ...] = () if self.storage is self.dtype else (
+            self.k_scale[-1], self.k_scale[chosen[:2]], self.v_scale[chosen[:2]], self.v_scale[-1],
+        )  # fmt: skip
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import ConfigError, allowed
 from .spec import Spec
@@ -31,8 +31,31 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "sliding_attention_bwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "window", "varlen"),
     "combine_bwd": ("dtype", "head_dim_v"),
     "compress_bwd": ("dtype", "head_dim", "block", "stride", "pooling", "hidden", "varlen"),
+    "decode_compressed_fwd": (
+        "dtype", "storage", "group", "head_dim_qk", "head_dim_v", "block", "stride", "selection_block", "count", "initial", "local",
+        "mapping", "page_size", "tokens",
+    ),
+    "decode_merge_fwd": (
+        "dtype", "storage", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "window", "page_size", "tokens",
+    ),
 }  # fmt: skip
-KERNELS = tuple(KEY_FIELDS)
+#: Kernels that a spec alone needs, and those that serve from a KV cache.
+KERNELS = tuple(kernel for kernel, fields in KEY_FIELDS.items() if "page_size" not in fields)
+SERVING = tuple(kernel for kernel, fields in KEY_FIELDS.items() if "page_size" in fields)
+
+
+class Cached(NamedTuple):
+    """What the key of a serving kernel has besides a spec.
+
+    Args:
+        storage: dtype of what the cache holds.
+        page_size: rows a page.
+        tokens: new tokens of each sequence.
+    """
+
+    storage: str
+    page_size: int
+    tokens: int = 1
 
 
 class _Named:
@@ -116,14 +139,17 @@ def key_fields(kernel: str) -> tuple[str, ...]:
         raise ConfigError(f"unknown kernel: {allowed(kernel, KERNELS)}") from None
 
 
-def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int | None = None) -> Problem:
+Which = str | int | Cached | None
+
+
+def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: Which = None) -> Problem:
     """The Problem of ``kernel`` for ``spec``.
 
     Args:
         kernel: one of ``KERNELS``.
         spec: geometry and dtype.
         varlen: sequences of differing lengths given by ``cu_seqlens``.
-        which: one of :func:`variants`; default the first.
+        which: one of :func:`variants`; default the first. Of a serving kernel any ``Cached``.
 
     Raises:
         ConfigError: no such kernel or variant.
@@ -132,8 +158,9 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int |
     known_variants = variants(kernel, spec)
     if which is None:
         which = known_variants[0]
-    elif which not in known_variants:
+    elif which not in known_variants and not (kernel in SERVING and isinstance(which, Cached)):
         raise ConfigError(f"{kernel}: which: {allowed(which, known_variants)}")
+    cached = which if isinstance(which, Cached) else Cached(spec.dtype, 0)
     head_dim = spec.head_dim.v if which == "v" else spec.head_dim.qk
     pooling = spec.compression.pooling
     known: dict[str, Value] = {
@@ -155,6 +182,9 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: str | int |
         "mapping": spec.selection.mapping,
         "window": spec.window,
         "varlen": varlen,
+        "storage": cached.storage,
+        "page_size": cached.page_size,
+        "tokens": cached.tokens,
     }
     return Problem.of(kernel, {name: known[name] for name in key_fields(kernel)})
 
@@ -171,10 +201,10 @@ def problems(spec: Spec, *, varlen: bool = False, deterministic: bool | None = N
     return [p for p in dict.fromkeys(found) if deterministic in (None, p.as_dict().get("deterministic", deterministic))]
 
 
-def variants(kernel: str, spec: Spec) -> tuple[str | int | None, ...]:
+def variants(kernel: str, spec: Spec) -> tuple[Which, ...]:
     """What a spec needs a kernel for: ``compress_*`` for ``"k"`` and ``"v"``, the tensor that is pooled (its head dim is in the key);
     ``sliding_merge_fwd`` for the partial results that selected attention may give a query: one, or one for each listed block; some kernels
-    of the backward for whether gradients are to be bit-equal run to run.
+    of the backward for whether gradients are to be bit-equal run to run; serving kernels for what the cache is like.
     """
     if kernel in ("compress_fwd", "compress_bwd"):
         return "k", "v"
@@ -183,6 +213,8 @@ def variants(kernel: str, spec: Spec) -> tuple[str | int | None, ...]:
         return (listed, 1) if listed > 1 else (listed,)
     if "deterministic" in KEY_FIELDS[kernel]:
         return False, True
+    if kernel in SERVING:
+        return (Cached(spec.dtype, max(spec.selection.block, 64)),)
     return (None,)
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import jinja2
 
 from . import paths
-from .config import Config, Problem
+from .config import Config, Problem, overlap_weights
 from .errors import RenderError
 
 
@@ -95,6 +95,7 @@ def render(problem: Problem, config: Config, *, standalone: bool = False, debug:
         "main_dim": main_dim,
         "tail_dim": tail_dim,
         "next_power_of_two": next_power_of_two,
+        "overlap_weights": overlap_weights,
     }
     try:
         text = _environment().get_template(name).render(variables)

@@ -7,9 +7,9 @@ undefined columns of score tensors are NaN.
 
 from ..acceptance import Check, selection_agrees
 from ..values import KINDS
-from . import backward, forward
+from . import backward, decode, forward
 from .case import CALLS, Case, case, positions, sample_queries
 
-CALLS |= forward.CALLS | backward.CALLS
+CALLS |= forward.CALLS | backward.CALLS | decode.CALLS
 
 __all__ = ["KINDS", "Case", "Check", "case", "positions", "sample_queries", "selection_agrees"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import backward, forward
+from . import backward, decode, forward
 from .space import Knob, Space
 
 __all__ = ["SPACES", "Knob", "Space"]
 
-SPACES: dict[str, Space] = {**forward.SPACES, **backward.SPACES}
+SPACES: dict[str, Space] = {**forward.SPACES, **backward.SPACES, **decode.SPACES}

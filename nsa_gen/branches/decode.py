@@ -1,0 +1,59 @@
+"""Decoding from a paged cache: a few new tokens of each sequence through all branches, in two launches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import Cached, Shape
+from ._inputs import geometry, kernel, ready_flat
+
+#: Tables of a cache by what K and V are: those of the selected, the sliding and the compressed branch.
+STREAMS = {2: (0, 0, 1), 4: (1, 2, 3)}
+
+
+def decode(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, slots: Tensor, lengths: Tensor, arrived: Tensor, scales: list[Tensor],
+    g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, key: str, max_seqlen: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """``q [S,n,Hq,Dqk]`` → ``o [S,n,Hq,Dv]``, of the last n tokens of each sequence, which the cache holds already.
+
+    Args:
+        k_pages, v_pages, tables, slots, lengths: of a ``PagedKVCache``; slots of S sequences.
+        arrived: int32, 0, at least ``S*n*Hkv``; left so.
+        scales: none, or of fp8 storage: compressed K ``[Hkv]``, selected and sliding K ``[2,Hkv]``, the same of V, compressed V.
+        g_cmp, g_slc, g_swa: ``[S,n,Hq]``, all of q's dtype or all of float32.
+        max_seqlen: no sequence is longer.
+    """
+    sequences, tokens, heads_query = q.shape[:3]
+    o = torch.empty((sequences, tokens, heads_query, v_pages.shape[3]), dtype=q.dtype, device=q.device)
+    if not sequences:
+        return o
+    shape = Shape(max_seqlen, sequences * k_pages.shape[1])
+    which = Cached(str(k_pages.dtype).removeprefix("torch."), k_pages.shape[2], tokens)
+    choose, merge = (kernel(name, key, q, None, shape, which) for name in ("decode_compressed_fwd", "decode_merge_fwd"))
+    selected, sliding, compressed = (tables[i] for i in STREAMS[tables.shape[0]])
+    k_cmp_scale, k_scale, v_scale, v_cmp_scale = scales or (None,) * 4
+    q = _ready(q)
+    count = geometry(key).count
+    block_indices = torch.empty((sequences, tokens, k_pages.shape[1], count), dtype=torch.int32, device=q.device)
+    part, stat = choose(q, k_pages, v_pages, k_cmp_scale, compressed, slots, lengths, arrived, block_indices, max_seqlen, scale)
+    merge(
+        q, k_pages, v_pages, k_scale, v_scale, v_cmp_scale, selected, sliding, slots, lengths, block_indices, part, stat,
+        ready_flat(g_cmp), ready_flat(g_slc), ready_flat(g_swa), arrived, o, scale,
+    )  # fmt: skip
+    return o
+
+
+def _ready(q: Tensor) -> Tensor:
+    """``q`` as kernels read it; a copy where they cannot."""
+    *strides, last = q.stride()
+    in_place = last == 1 and not any(stride & 7 for stride in strides) and not q.data_ptr() & 15
+    return q if in_place else q.clone(memory_format=torch.contiguous_format)
+
+
+def decode_fake(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, slots: Tensor, lengths: Tensor, arrived: Tensor, scales: list[Tensor],
+    g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, key: str, max_seqlen: int, scale: float,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:3], v_pages.shape[3]))

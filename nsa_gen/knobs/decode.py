@@ -1,0 +1,89 @@
+"""Spaces of the serving kernels."""
+
+from __future__ import annotations
+
+from ..config import Config, Problem, Value
+from .space import Knob, Space
+
+SPACES: dict[str, Space] = {}
+
+# A tile's K and V wait for the number of their page, so a pipeline of n stages holds (n - 1) / 2 tiles.
+_STAGES = (1, 2, 3, 5, 7)
+SPACES["decode_compressed_fwd"] = Space(
+    knobs=(
+        # Compressed tokens a tile, and programs that share a sequence's.
+        Knob("BLOCK_N", (16, 32, 64, 128)),
+        Knob("SPLITS", (1, 2, 4, 8, 16, 32, 64, 128)),
+        Knob("BLOCK_B", (16, 32, 64, 128)),  # blocks at a time, when importance is put together
+        Knob("num_warps", (4, 8)),
+        Knob("num_stages", _STAGES),
+    ),
+    defaults={
+        "": lambda p: _compressed(p, 32, num_stages=3),
+        "sm_90": lambda p: _compressed(p, 64, num_stages=5),
+        "sm_100": lambda p: _compressed(p, 64, num_stages=5),
+    },
+    safe=lambda p: _compressed(p, 16, num_stages=1),
+    illegal=lambda p, c: _compressed_fault(p, c),
+)
+SPACES["decode_merge_fwd"] = Space(
+    knobs=(
+        # Programs that share the chosen blocks, and the window.
+        Knob("SELECT_PIECES", (1, 2, 4, 8, 16)),
+        Knob("WINDOW_PIECES", (1, 2, 4, 8)),
+        Knob("num_warps", (1, 2, 4, 8)),
+        Knob("num_stages", _STAGES),
+    ),
+    defaults={
+        "": lambda p: {"SELECT_PIECES": min(4, _slots(p)), "WINDOW_PIECES": 2, "num_warps": 4, "num_stages": 3},
+        "sm_90": lambda p: {"SELECT_PIECES": min(4, _slots(p)), "WINDOW_PIECES": 2, "num_warps": 4, "num_stages": 3 if _large(p) else 5},
+        "sm_100": lambda p: {"SELECT_PIECES": min(4, _slots(p)), "WINDOW_PIECES": 2, "num_warps": 4, "num_stages": 3 if _large(p) else 5},
+    },
+    safe=lambda p: {"SELECT_PIECES": 1, "WINDOW_PIECES": 1, "num_warps": 8 if _large(p) else 4, "num_stages": 1},
+    illegal=lambda p, c: (
+        f"{c.SELECT_PIECES} pieces of {p.count} blocks" if _slots(p) < c.SELECT_PIECES
+        else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
+        else None
+    ),
+)  # fmt: skip
+
+
+def _slots(p: Problem) -> int:
+    return 1 << (p.count - 1).bit_length()
+
+
+def _rows(p: Problem) -> int:
+    """Rows of a program: the group of every new token."""
+    return max(16, 1 << (p.group * p.tokens - 1).bit_length())
+
+
+def _padded(p: Problem) -> int:
+    """The wider head dim, as tiles hold it."""
+    return 1 << (max(p.head_dim_qk, p.head_dim_v) - 1).bit_length()
+
+
+def _large(p: Problem) -> bool:
+    """Whether a block of K or V takes more than 16 KiB as products read it."""
+    return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
+
+
+def _compressed(p: Problem, tile: int, num_stages: int) -> dict[str, Value]:
+    units = p.selection_block // p.stride
+    rows = _rows(p)
+    if p.dtype == "float32" or _padded(p) > 128:
+        tile = min(tile, 32)
+    tile = max(min(tile, p.page_size), units, 16)
+    return {"BLOCK_N": tile, "SPLITS": 16, "BLOCK_B": 16 if rows > 32 else 64, "num_warps": 8 if rows > 32 else 4, "num_stages": num_stages}
+
+
+def _compressed_fault(p: Problem, c: Config) -> str | None:
+    units, rows = p.selection_block // p.stride, _rows(p)
+    if p.page_size % c.BLOCK_N:
+        return f"tiles of {c.BLOCK_N} rows do not fill pages of {p.page_size}"
+    if c.BLOCK_N % units:
+        return f"tiles of {c.BLOCK_N} compressed tokens hold no whole number of blocks, {units} each"
+    if rows * (_padded(p) + 2 * c.BLOCK_N) > 256 * 32 * c.num_warps:
+        return f"{rows} rows by {c.BLOCK_N} keys and head dim {_padded(p)} need more registers than {c.num_warps} warps have"
+    if rows * c.BLOCK_B > 64 * 32 * c.num_warps:
+        return f"{rows} rows by {c.BLOCK_B} blocks need more registers than {c.num_warps} warps have"
+    return None

@@ -1,0 +1,204 @@
+"""The serving kernels against the float64 reference, and compiled for every arch without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+
+import pytest
+import torch
+from gradient_cases import DEVICE, held, module, runs
+
+from nsa_gen import config, inputs, render, space, spec
+from nsa_gen.config import Config, Problem
+from nsa_gen.errors import ConfigError
+
+FP8 = "float8_e4m3fn"
+KEY = {
+    "dtype": "float32", "storage": "float32", "group": 2, "head_dim_qk": 16, "head_dim_v": 32, "block": 8, "stride": 4,
+    "selection_block": 16, "count": 4, "initial": 1, "local": 1, "mapping": "overlap", "window": 24, "page_size": 16, "tokens": 1,
+}  # fmt: skip
+KERNELS = ("decode_compressed_fwd", "decode_merge_fwd")
+#: Lengths at which a block, a stride, a window, a page begins or ends.
+EDGES = (1, 7, 8, 9, 11, 12, 15, 16, 17, 23, 24, 25, 31, 32, 33, 64, 65, 100)
+
+
+def problem(kernel: str, **changes) -> Problem:
+    key = KEY | changes
+    if "dtype" in changes and "storage" not in changes:
+        key["storage"] = key["dtype"]
+    return Problem.of(kernel, {name: key[name] for name in config.key_fields(kernel)})
+
+
+def built(p: Problem, **changes) -> Config:
+    made = space.safe(p).replace(**changes)
+    space.check(p, made)
+    return made
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lengths(kernel):
+    held(problem(kernel), built(problem(kernel)), EDGES)
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 16])
+def test_groups(kernel, group):
+    p = problem(kernel, group=group)
+    held(p, built(p), (70, 1, 33), heads=2)
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("tokens", "group"), [(2, 1), (3, 2), (8, 6), (5, 16)])
+def test_several_new_tokens(kernel, tokens, group):
+    """Each sees what it would alone; some sequences are no longer than them."""
+    p = problem(kernel, tokens=tokens, group=group)
+    held(p, built(p), (90, tokens, 17, 40))
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("qk", "v"), [(80, 48), (48, 96), (192, 128)])
+def test_head_dims(kernel, qk, v):
+    p = problem(kernel, head_dim_qk=qk, head_dim_v=v)
+    held(p, built(p), (70, 5))
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["ties", "equal", "huge", "peaky"])
+def test_kinds(kernel, kind):
+    p = problem(kernel)
+    held(p, built(p), (200, 90), kind=kind)
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("storage", ["float16", FP8])
+def test_half_precision_and_fp8(kernel, storage):
+    p = problem(kernel, dtype="float16", storage=storage)
+    held(p, built(p), (150, 40), heads=2)
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("block", "page_size", "count"), [(16, 64, 2), (32, 32, 6), (64, 64, 3)])
+def test_blocks_and_pages(kernel, block, page_size, count):
+    p = problem(kernel, selection_block=block, page_size=page_size, count=count)
+    held(p, built(p), (300, 20))
+
+
+@runs
+@pytest.mark.parametrize(("mapping", "block", "stride"), [("literal", 8, 4), ("overlap", 16, 4), ("literal", 16, 8), ("overlap", 8, 8)])
+def test_mappings(mapping, block, stride):
+    p = problem("decode_compressed_fwd", mapping=mapping, block=block, stride=stride)
+    held(p, built(p), (150, 40, 65))
+
+
+@runs
+@pytest.mark.parametrize(("initial", "local", "count"), [(0, 0, 3), (2, 2, 4), (1, 2, 5), (0, 1, 1)])
+def test_forced_blocks(initial, local, count):
+    p = problem("decode_compressed_fwd", initial=initial, local=local, count=count)
+    held(p, built(p), (150, 40, 3))
+
+
+@runs
+@pytest.mark.parametrize("changes", [{"SPLITS": 1}, {"SPLITS": 64}, {"BLOCK_N": 32}, {"BLOCK_B": 64, "num_stages": 3}])
+def test_splits_and_tiles_do_not_change_the_result(changes):
+    p = problem("decode_compressed_fwd", page_size=32, tokens=2)
+    one, other = (held(p, built(p, **{"SPLITS": 4} | more), (260, 30, 2)) for more in ({}, changes))
+    assert torch.equal(one.outputs["block_indices"], other.outputs["block_indices"])
+
+
+@runs
+@pytest.mark.parametrize("changes", [{"SELECT_PIECES": 4, "WINDOW_PIECES": 8}, {"SELECT_PIECES": 2, "num_stages": 3}])
+def test_pieces_do_not_change_the_result(changes):
+    p = problem("decode_merge_fwd", tokens=2)
+    one, other = held(p, built(p), (260, 30, 2)), held(p, built(p, **changes), (260, 30, 2))
+    torch.testing.assert_close(one.outputs["o"], other.outputs["o"], rtol=1e-5, atol=1e-6)
+
+
+@runs
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 500])
+def test_windows(window):
+    p = problem("decode_merge_fwd", window=window)
+    held(p, built(p), EDGES[::2])
+
+
+@runs
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_again_on_the_same_counters(kernel):
+    """What counts arrivals is 0 again after a launch: the next one is the same to the bit."""
+    p = problem(kernel, tokens=2)
+    case = inputs.case(p, seqlens=(120, 33), heads_kv=2, device=DEVICE)
+    made, found = module(p, built(p)), []
+    for _ in range(2):
+        case.poison()
+        case.run(made)
+        assert case.check().ok
+        found.append({name: out.clone() for name, out in case.outputs.items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes", "why"),
+    [
+        ("decode_compressed_fwd", {"BLOCK_N": 128}, "do not fill pages of 16"),
+        ("decode_merge_fwd", {"SELECT_PIECES": 16}, "16 pieces of 4 blocks"),
+    ],
+)
+def test_the_space_refuses_what_cannot_be_built(kernel, changes, why):
+    with pytest.raises(ConfigError, match=why):
+        built(problem(kernel), **changes)
+    with pytest.raises(ConfigError, match="hold no whole number of blocks"):
+        built(problem("decode_compressed_fwd", selection_block=128, page_size=128), BLOCK_N=16)
+    with pytest.raises(ConfigError, match="more registers than 4 warps"):
+        built(problem("decode_compressed_fwd", tokens=8, group=16, head_dim_v=256), num_warps=4)
+
+
+@pytest.mark.parametrize("name", spec.names())
+def test_defaults_are_legal(name):
+    for dtype, fp8, tokens, kernel in itertools.product(("bfloat16", "float32"), (False, True), (1, 3, 8), config.SERVING):
+        made = spec.load(name).replace(dtype=dtype)
+        p = config.problem(kernel, made, which=config.Cached(FP8 if fp8 else dtype, max(64, made.selection.block), tokens))
+        assert space.safe(p) and all(space.default(p, arch) for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rendered_is_python(kernel):
+    for changes, debug in itertools.product(({}, {"head_dim_qk": 80, "storage": FP8, "tokens": 3}), (False, True)):
+        p = problem(kernel, **changes)
+        ast.parse(render.render(p, built(p), debug=debug).text)
+
+
+COMPILE = """
+import json, sys
+from test_decode import FP8, problem
+from gradient_cases import module
+
+from nsa_gen import device, inputs, loader, space
+
+arch = sys.argv[1]
+there, found = device.from_name(arch), []
+for kernel in ("decode_compressed_fwd", "decode_merge_fwd"):
+    for changes in ({}, {"storage": FP8}, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}) if arch == "sm_90" else ({},):
+        key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16, "selection_block": 64}
+        p = problem(kernel, **{**key, "count": 16, "local": 2, "window": 512, "page_size": 64, **changes})
+        case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")
+        resources = loader.compile_all(lambda: case.run(module(p, space.default(p, arch))), there.triton_target())
+        found += [[r.name, r.shared, (r.spills or 0) * ("tokens" not in changes)] for r in resources]
+print(json.dumps([there.shared_bytes, found]))
+"""
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles(arch, compiled_python):
+    limit, found = json.loads(compiled_python(COMPILE, arch).splitlines()[-1])
+    assert {name for name, _, _ in found} == {"decode_compressed_fwd_kernel", "decode_merge_fwd_kernel"}
+    assert all(shared <= limit for _, shared, _ in found), found
+    assert all(spills == 0 for _, _, spills in found) or arch != "sm_90", found

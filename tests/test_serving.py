@@ -1,0 +1,218 @@
+"""Decoding agrees with training: token by token, several at once, from forks, in every storage; and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gradient_cases import DEVICE, runs
+from test_cache import spec
+
+import nsa_gen
+from nsa_gen.branches import decode
+from nsa_gen.errors import InputError, UnknownSequence
+
+GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "window": 40, "heads": {"query": 6, "kv": 2}}
+
+
+class Stream:
+    """One sequence of ``n`` tokens, and what training's forward makes of it."""
+
+    def __init__(self, n: int, kv: str = "shared", dtype: torch.dtype = torch.float32, **changes):
+        self.spec = spec(kv=kv, dtype=str(dtype).removeprefix("torch."), **{**GEOMETRY, **changes})
+        generator = torch.Generator().manual_seed(n)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+        branches = 3 if kv == "per_branch" else 1
+        self.q, self.gates = normal(n, 6, 16), [normal(n, 6).sigmoid() for _ in range(3)]
+        self.k, self.v = ([normal(n, 2, dim) for _ in range(branches)] for dim in (16, 32))
+        self.kv, self.n = kv, n
+
+    def cache(self, **options) -> nsa_gen.PagedKVCache:
+        chosen = {"page_size": 32, "max_sequences": 16, "max_seqlen": 640, "device": DEVICE} | options
+        return nsa_gen.PagedKVCache(self.spec, 400, **chosen)
+
+    def part(self, first: int, last: int):
+        """K and V of some tokens, as the cache takes them."""
+        k, v = (tuple(x[first:last] for x in several) for several in (self.k, self.v))
+        return (k, v) if self.kv == "per_branch" else (k[0], v[0])
+
+    def trained(self):
+        """``o [n,Hq,Dv]`` and ``block_indices [n,Hkv,count]``."""
+        k, v = (tuple(x) if self.kv == "per_branch" else x[0] for x in (self.k, self.v))
+        o = nsa_gen.nsa_attention(self.q, k, v, *self.gates, spec=self.spec)
+        k_cmp, v_cmp = (nsa_gen.compress(x[0], spec=self.spec, which=which) for x, which in ((self.k, "k"), (self.v, "v")))
+        lse = nsa_gen.compressed_attention(self.q, k_cmp, v_cmp, spec=self.spec)[1]
+        return o, nsa_gen.select_blocks(self.q, k_cmp, lse, spec=self.spec)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The block indices of each call of ``nsa_decode`` from here on."""
+    found, kernel = [], decode.kernel
+
+    def watched(name, *args):
+        host = kernel(name, *args)
+        if name != "decode_compressed_fwd":
+            return host
+
+        def run(*given):
+            made = host(*given)
+            found.append(given[8].clone())
+            return made
+
+        return run
+
+    monkeypatch.setattr(decode, "kernel", watched)
+    return found
+
+
+@runs
+@pytest.mark.parametrize("kv", ["shared", "per_branch"])
+def test_token_by_token_is_all_at_once(kv, chosen):
+    """Every length from 1 to 600: twelve prefixes of one sequence, forks of one another, grow by 50 tokens each."""
+    stream = Stream(600, kv)
+    o, blocks = stream.trained()
+    cache = stream.cache(rewind=600)
+    prefixes = [cache.create()]
+    for i in range(1, 12):
+        longest = prefixes[-1] if i > 1 else cache.create()
+        prefixes.append(cache.fork(longest) if i > 1 else longest)
+        cache.append([prefixes[-1]], *stream.part(50 * (i - 1), 50 * i))
+    assert [cache.length(s) for s in prefixes] == [50 * i for i in range(12)]
+    for step in range(50):
+        at = torch.tensor([50 * i + step for i in range(12)], device=DEVICE)
+        k, v = (tuple(x[at] for x in several) for several in (stream.k, stream.v))
+        cache.append(prefixes, *((k, v) if kv == "per_branch" else (k[0], v[0])))
+        found = nsa_gen.nsa_decode(stream.q[at], *(g[at] for g in stream.gates), cache=cache, sequences=prefixes)
+        torch.testing.assert_close(found, o[at], rtol=1e-4, atol=1e-5)
+        assert torch.equal(chosen[-1].squeeze(1), blocks[at]), f"blocks at step {step}"
+    assert not cache.arrived.any()
+
+
+@runs
+@pytest.mark.parametrize("kv", ["shared", "per_branch"])
+@pytest.mark.parametrize("tokens", [2, 5, 8])
+def test_several_tokens_are_one_after_the_other(tokens, kv, chosen):
+    """Speculation, some of which is taken back."""
+    stream = Stream(150, kv)
+    o, blocks = stream.trained()
+    cache, first = stream.cache(), 0
+    s, ahead = cache.create(), cache.create()
+    cache.append([ahead], *stream.part(0, 70))
+    while first + tokens <= 120:
+        new = torch.arange(first, first + tokens, device=DEVICE)
+        cache.append([s], *stream.part(first, first + tokens))
+        cache.append([ahead], *stream.part(int(cache.length(ahead)), int(cache.length(ahead)) + 1))
+        found = nsa_gen.nsa_decode(stream.q[new][None], *(g[new][None] for g in stream.gates), cache=cache, sequences=[s])
+        torch.testing.assert_close(found[0], o[new], rtol=1e-4, atol=1e-5)
+        assert torch.equal(chosen[-1][0], blocks[new])
+        kept = tokens - (first // tokens) % 3 if tokens > 3 else tokens
+        first += kept
+        cache.truncate(s, first)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gates_may_be_float32(dtype):
+    stream = Stream(60, dtype=dtype)
+    cache = stream.cache()
+    s = cache.create()
+    cache.append([s], *stream.part(0, 60))
+    q, gates = stream.q[-1:], [g[-1:] for g in stream.gates]
+    wanted = nsa_gen.nsa_decode(q, *gates, cache=cache, sequences=[s])
+    for wide in ([g.float() for g in gates], [gates[0].float(), *gates[1:]], gates):
+        found = nsa_gen.nsa_decode(q, *wide, cache=cache, sequences=[s])
+        assert torch.equal(found, wanted)
+
+
+@runs
+def test_fp8_is_attention_to_what_is_stored():
+    stream = Stream(200)
+    cache = stream.cache(storage=torch.float8_e4m3fn, k_scale=0.02, v_scale=0.03)
+    s = cache.create()
+    cache.append([s], *stream.part(0, 200))
+    stream.k, stream.v = ([x] for x in cache.read(s))
+    k_cmp, v_cmp = cache.read(s, "compressed")
+    rows = torch.zeros(50 - len(k_cmp), 2, 16, device=DEVICE), torch.zeros(50 - len(k_cmp), 2, 32, device=DEVICE)
+    k_cmp, v_cmp = torch.cat([k_cmp, rows[0]]), torch.cat([v_cmp, rows[1]])
+    o = nsa_gen.nsa_attention(stream.q, stream.k[0], stream.v[0], *stream.gates, spec=stream.spec, k_cmp=k_cmp, v_cmp=v_cmp)
+    found = nsa_gen.nsa_decode(stream.q[-1:], *(g[-1:] for g in stream.gates), cache=cache, sequences=[s])
+    torch.testing.assert_close(found, o[-1:], rtol=1e-4, atol=1e-5)
+
+
+@runs
+def test_strided_queries_and_slots():
+    stream = Stream(90)
+    cache = stream.cache()
+    a, b = cache.create(), cache.create()
+    cache.append([a, b], *(torch.cat([x[:90], x[:33]]) for x in stream.part(0, 90)), [90, 33])
+    o, _ = stream.trained()
+    at = torch.tensor([89, 32], device=DEVICE)
+    q, gates = stream.q[at], [g[at] for g in stream.gates]
+    wide = torch.full((2, 7, 24), torch.nan, device=DEVICE)
+    wide[:, :6, :16] = q
+    for given in (q, wide[:, :6, :16], q.transpose(1, 2).contiguous().transpose(1, 2), q.repeat(1, 1, 1)[:, :, :]):
+        found = nsa_gen.nsa_decode(given, *gates, cache=cache, slots=cache.slots([a, b]))
+        torch.testing.assert_close(found, o[at], rtol=1e-4, atol=1e-5)
+    swapped = nsa_gen.nsa_decode(q.flip(0), *(g.flip(0) for g in gates), cache=cache, sequences=[b, a], max_seqlen=90)
+    torch.testing.assert_close(swapped.flip(0), o[at], rtol=1e-4, atol=1e-5)
+    empty = nsa_gen.nsa_decode(q[:0], *(g[:0] for g in gates), cache=cache, sequences=[])
+    assert empty.shape == (0, 6, 32)
+
+
+@runs
+def test_what_is_not_decoded():
+    stream = Stream(20)
+    cache = stream.cache()
+    s, other = cache.create(), cache.create()
+    cache.append([s], *stream.part(0, 3))
+    q, gates = stream.q[:1], [g[:1] for g in stream.gates]
+    several = stream.q[None, :9], [g[None, :9] for g in stream.gates]
+    for given, how, why in (
+        ((q[0], *gates), {"sequences": [s]}, r"q must be \[S, Hq, Dqk\] or \[S, n, Hq, Dqk\], got \[6, 16\]"),
+        ((q.half(), *gates), {"sequences": [s]}, "q must be torch.float32 on .* like the cache, got torch.float16"),
+        ((q[:, :4], *gates), {"sequences": [s]}, "got .1, 1, 4, 16."),
+        ((q[:, :5], *gates), {"sequences": [s]}, "q has 5 heads, the spec has groups of 3"),
+        ((q[..., :8], *gates), {"sequences": [s]}, "q must be .*, 6, 16., got .1, 1, 6, 8."),
+        ((q, gates[0][:, :5], *gates[1:]), {"sequences": [s]}, "g_cmp must be"),
+        ((q, *gates), {}, "give sequences or slots, one of them"),
+        ((q, *gates), {"sequences": [s], "slots": cache.slots([s])}, "give sequences or slots, one of them"),
+        ((q, *gates), {"sequences": [s, s]}, r"slots must be int32 \[1\]"),
+        ((q, *gates), {"slots": cache.slots([s]).long()}, r"slots must be int32 \[1\] on .*, got torch.int64"),
+        ((q, *gates), {"sequences": [other]}, f"q has 1 new tokens a sequence, sequence {other} has 0"),
+        ((q, *gates), {"sequences": [s], "max_seqlen": 2}, "max_seqlen: got 2, a sequence has 3 tokens"),
+        ((q, *gates), {"sequences": [s], "scale": -1.0}, "scale must be a positive finite number"),
+        ((several[0], *several[1]), {"sequences": [s]}, "q has 9 new tokens a sequence, allowed are 1 to 8"),
+    ):
+        with pytest.raises(InputError, match=why):
+            nsa_gen.nsa_decode(*given, cache=cache, **how)
+    with pytest.raises(UnknownSequence):
+        nsa_gen.nsa_decode(q, *gates, cache=cache, sequences=[-5])
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_every_length():
+    stream = Stream(400, dtype=torch.bfloat16)
+    o, _ = stream.trained()
+    cache = stream.cache()
+    s, t = cache.create(), cache.create()
+    cache.append([s, t], *(torch.cat([x[:30], x[:200]]) for x in stream.part(0, 200)), [30, 200])
+    q = stream.q[:2].clone()
+    gates, slots = [g[:2].clone() for g in stream.gates], cache.slots([s, t])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
+    for step in range(100):
+        at = torch.tensor([30 + step, 200 + step], device=DEVICE)
+        cache.append([s, t], stream.k[0][at], stream.v[0][at])
+        q.copy_(stream.q[at])
+        for gate, whole in zip(gates, stream.gates, strict=True):
+            gate.copy_(whole[at])
+        graph.replay()
+        torch.testing.assert_close(found, o[at], rtol=2e-2, atol=2e-2)
