@@ -23,12 +23,15 @@ TEMPLATES = sorted(paths.templates().rglob("*.jinja"))
 ARCHES = ("sm_80", "sm_90", "gfx942")
 
 
+def of(name: str, varlen: bool) -> list[Problem]:
+    """Every distinct problem of a spec, serving too."""
+    loaded = spec.load(name)
+    return [*config.problems(loaded, varlen=varlen), *(config.problem(kernel, loaded) for kernel in config.SERVING)]
+
+
 def problems() -> list[Problem]:
     """Every distinct problem of the shipped specs, batched and packed."""
-    found = [
-        problem for name in spec.names() for varlen in (False, True) for problem in config.problems(spec.load(name), varlen=varlen)
-    ]  # fmt: skip
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(problem for name in spec.names() for varlen in (False, True) for problem in of(name, varlen)))
 
 
 def structures(problem: Problem) -> list[Config]:
@@ -63,7 +66,7 @@ def goldens() -> dict[str, str]:
     gives the same bits each time, the default."""
     texts = {}
     for name, varlen in (("gqa16-d128", False), ("nsa-paper", True)):
-        for problem in config.problems(spec.load(name), varlen=varlen):
+        for problem in of(name, varlen):
             key = f"{problem.kernel}_d{problem.head_dim}" if "head_dim" in problem.as_dict() else problem.kernel
             configs = [space.default(problem, "sm_90"), *structures(problem)]
             if problem.as_dict().get("deterministic"):

@@ -238,6 +238,35 @@ def pick(
 
 
 @triton.jit
+def choose(
+    row, out, current,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    LEAST: tl.constexpr, WIDTH: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Store the COUNT blocks of a query whose own block is `current`, by the scores in `row`: ascending, -1 last."""
+    FREE: tl.constexpr = COUNT - INITIAL - LOCAL
+    slot = tl.arange(0, SLOTS)
+    # All candidates, padded with -1, where they are no more than the slots; else those chosen whatever their score.
+    few = current < COUNT
+    local = tl.where(slot < INITIAL, slot, current - (COUNT - 1) + slot)
+    always = (slot < INITIAL) | (slot >= COUNT - LOCAL)
+    index = tl.where(few, tl.where(slot <= current, slot, -1), local)
+    tl.store(out + slot, index, mask=(slot < COUNT) & (few | always))
+    if FREE > 0:
+        last = current - LOCAL
+        if current < COUNT:
+            pass
+        elif RESIDENT:
+            # Early queries have few candidates: they do not pay for the width of the last ones.
+            HALVINGS: tl.constexpr = 2 if WIDTH >= 4 * LEAST else 1 if WIDTH >= 2 * LEAST else 0
+            for i in tl.static_range(HALVINGS + 1):
+                if (last < (WIDTH >> i)) & ((i == HALVINGS) | (last >= (WIDTH >> i) // 2)):
+                    pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH >> i, True)
+        else:
+            pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH, False)
+
+
+@triton.jit
 def select_topk_kernel(
     scores_ptr,  # [rows, Hkv, blocks] fp32, contiguous; defined for columns <= position // BLOCK
     index_ptr,  # [rows, Hkv, COUNT] int32, contiguous
@@ -260,36 +289,17 @@ def select_topk_kernel(
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    FREE: tl.constexpr = COUNT - INITIAL - LOCAL
     head = tl.program_id(1)
     b, tile = locate(tl.program_id(0), cu_seqlens, batch, seqlen, first, first + rows, 1, ROWS)
     start = sequence_start(cu_seqlens, b, seqlen)
     end = tl.minimum(sequence_start(cu_seqlens, b + 1, seqlen), first + rows)
     token0 = tl.maximum(start, first) + tile * ROWS
-    slot = tl.arange(0, SLOTS)
     for token in range(token0, tl.minimum(token0 + ROWS, end)):
         current = (token - start) // BLOCK  # the query's own block: its last candidate
         flat = (token - first).to(tl.int64) * heads + head
         row = scores_ptr + flat * blocks
         out = index_ptr + flat * COUNT
-        # All candidates, padded with -1, where they are no more than the slots; else those chosen whatever their score.
-        few = current < COUNT
-        local = tl.where(slot < INITIAL, slot, current - (COUNT - 1) + slot)
-        always = (slot < INITIAL) | (slot >= COUNT - LOCAL)
-        index = tl.where(few, tl.where(slot <= current, slot, -1), local)
-        tl.store(out + slot, index, mask=(slot < COUNT) & (few | always))
-        if FREE > 0:
-            last = current - LOCAL
-            if current < COUNT:
-                pass
-            elif RESIDENT:
-                # Early queries have few candidates: they do not pay for the width of the last ones.
-                HALVINGS: tl.constexpr = 2 if WIDTH >= 4 * LEAST else 1 if WIDTH >= 2 * LEAST else 0
-                for i in tl.static_range(HALVINGS + 1):
-                    if (last < (WIDTH >> i)) & ((i == HALVINGS) | (last >= (WIDTH >> i) // 2)):
-                        pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH >> i, True)
-            else:
-                pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH, False)
+        choose(row, out, current, COUNT, SLOTS, INITIAL, LOCAL, GROUPS, BITS, LEAST, WIDTH, RESIDENT)
 
 
 _BLOCK = 64

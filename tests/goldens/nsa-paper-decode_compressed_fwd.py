@@ -1,0 +1,486 @@
+"""decode_compressed_fwd, rendered by nsa-gen from templates/decode_compressed_fwd.py.jinja. Do not edit: change the template.
+
+problem 95850e8d532b: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
+    initial=1 local=2 mapping=overlap page_size=64 tokens=1
+config  42ae9faf9332: BLOCK_B=64 BLOCK_N=32 SPLITS=16 num_stages=5 num_warps=4
+command: python -m nsa_gen generate SPEC --target TARGET -o DIR
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_gen.launch import Launcher
+
+
+@triton.jit
+def order(score):
+    """int32 keys in the order of fp32 scores. Negative floats order backwards as integers, hence the flip; its own inverse on bits."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def score_of(key):
+    """The fp32 score of a key of `order`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def midpoint(low, high):
+    """Without overflow; `low` itself once the interval is one key wide."""
+    return (low >> 1) + (high >> 1) + (low & high & 1)
+
+
+@triton.jit
+def columns_of(base, ROUNDS: tl.constexpr, SPAN: tl.constexpr):
+    """Columns [ROUNDS, SPAN] of the tile that begins at `base`. Neighbours lie in different lanes: real scores cluster."""
+    return base + tl.arange(0, ROUNDS)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+
+
+@triton.jit
+def up_to(last, base, ROUNDS: tl.constexpr, SPAN: tl.constexpr):
+    """Whether a tile's columns are <= last: one comparison each, and no sum."""
+    return tl.arange(0, SPAN)[None, :] <= (last - base - tl.arange(0, ROUNDS) * SPAN)[:, None]
+
+
+@triton.jit
+def load_tile(row, base, last, INITIAL: tl.constexpr, ROUNDS: tl.constexpr, SPAN: tl.constexpr):
+    """fp32 scores of a tile, NaN (which no comparison counts) outside of the searched columns, [INITIAL, last]."""
+    searched = up_to(last, base, ROUNDS, SPAN) & ~up_to(INITIAL - 1, base, ROUNDS, SPAN)
+    return tl.load(row + columns_of(base, ROUNDS, SPAN), mask=searched, other=float("nan"))
+
+
+@triton.jit
+def best_of_tile(score):
+    """Order keys of the largest score of each set of columns SPAN apart, [SPAN]. NaN counts as -inf, -0 as 0."""
+    best = tl.max(score, 0)
+    best = tl.where(best == best, best, -float("inf"))
+    return order(tl.where(best == 0.0, 0.0, best))
+
+
+@triton.jit
+def mark(score, threshold, BITS: tl.constexpr):
+    """Field r of a word [SPAN] is 1 where round r's score is >= threshold, and 0 elsewhere."""
+    one = tl.full([1, 1], 1, tl.uint32) << (BITS * tl.arange(0, score.shape[0])).to(tl.uint32)[:, None]
+    return tl.sum(tl.where(score >= threshold, one, 0), 0)
+
+
+@triton.jit
+def ones(marks, BITS: tl.constexpr):
+    """How many fields are 1, four words added up at a time: no field overflows."""
+    fields = tl.sum(tl.reshape(marks, [4, marks.shape[0] // 4]), 0)
+    if BITS == 4:
+        fields = (fields & 0x0F0F0F0F) + ((fields >> 4) & 0x0F0F0F0F)
+    fields = (fields & 0xFFFF) + (fields >> 16) if BITS == 16 else (fields * 0x01010101) >> 24
+    return tl.sum(fields.to(tl.int32), 0)
+
+
+@triton.jit
+def count(
+    row, held, threshold, last,
+    INITIAL: tl.constexpr, BITS: tl.constexpr, ROUNDS: tl.constexpr, SPAN: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Which of the held scores are >= threshold, as by `mark`, and how many of the row's are."""
+    marks = mark(held, threshold, BITS)
+    total = ones(marks, BITS)
+    if not RESIDENT:
+        for base in range(ROUNDS * SPAN, last + 1, ROUNDS * SPAN):
+            total += ones(mark(load_tile(row, base, last, INITIAL, ROUNDS, SPAN), threshold, BITS), BITS)
+    return marks, total
+
+
+@triton.jit
+def tied(score, base, threshold, last, INITIAL: tl.constexpr, ROUNDS: tl.constexpr, SPAN: tl.constexpr):
+    """Which columns up to `last` tie at the threshold. NaN counts as -inf."""
+    column = columns_of(base, ROUNDS, SPAN)
+    clean = tl.where(score == score, score, -float("inf"))
+    return (clean == threshold) & (column >= INITIAL) & (column <= last)
+
+
+@triton.jit
+def count_tied(
+    row, held, threshold, cut, last,
+    INITIAL: tl.constexpr, ROUNDS: tl.constexpr, SPAN: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """How many columns up to `cut` tie at the threshold."""
+    tie = tied(held, 0, threshold, cut, INITIAL, ROUNDS, SPAN)
+    total = tl.sum(tie.to(tl.int32))
+    if not RESIDENT:
+        for base in range(ROUNDS * SPAN, cut + 1, ROUNDS * SPAN):
+            score = load_tile(row, base, last, INITIAL, ROUNDS, SPAN)
+            total += tl.sum(tied(score, base, threshold, cut, INITIAL, ROUNDS, SPAN).to(tl.int32))
+    return total
+
+
+@triton.jit
+def settle(score, base, threshold, cut, last, INITIAL: tl.constexpr, ROUNDS: tl.constexpr, SPAN: tl.constexpr):
+    """Scores of which exactly the chosen are >= threshold: ties past column `cut` are not."""
+    tie = tied(score, base, threshold, last, INITIAL, ROUNDS, SPAN)
+    kept = tl.where(columns_of(base, ROUNDS, SPAN) <= cut, threshold, float("nan"))
+    return tl.where(tie, kept, score)
+
+
+@triton.jit
+def emit(out, marks, base, taken, BITS: tl.constexpr):
+    """Store the marked columns in order behind the `taken` stored before; returns how many are stored then.
+
+    A running sum over a round's columns counts every round in a field of its own; a product adds the earlier rounds'. Fields hold FREE.
+    """
+    SPAN: tl.constexpr = marks.shape[0]
+    position = base + tl.arange(0, SPAN)
+    total = tl.sum(marks, 0)
+    rank = tl.cumsum(marks, 0) + total * (0x11111110 if BITS == 4 else 0x01010100 if BITS == 8 else 0x00010000)
+    while tl.max(marks, 0) != 0:  # few positions are marked in two rounds
+        rest = marks & (marks - 1)
+        lowest = marks ^ rest
+        marks = rest
+        # The number of the lowest bit, by the exponent of its value as a float: less 127, which is 1 modulo 32.
+        shift = (lowest.to(tl.int32).to(tl.float32).to(tl.uint32, bitcast=True) >> 23) + 1 & 31
+        slot = taken - 1 + ((rank >> shift) & ((1 << BITS) - 1)).to(tl.int32)
+        tl.store(out + slot, position + (shift // BITS).to(tl.int32) * SPAN, mask=lowest != 0)
+    every = total * (0x11111111 if BITS == 4 else 0x01010101 if BITS == 8 else 0x00010001)
+    return taken + (every >> (32 - BITS)).to(tl.int32)
+
+
+@triton.jit
+def pick(
+    row, out, last,
+    FREE: tl.constexpr, INITIAL: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    LEAST: tl.constexpr, WIDTH: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Store the FREE best of columns [INITIAL, last], more than FREE, ascending. Resident: there are at most WIDTH, kept in registers."""
+    ROUNDS: tl.constexpr = WIDTH // LEAST if WIDTH // LEAST < 32 // BITS else 32 // BITS
+    SPAN: tl.constexpr = WIDTH // ROUNDS
+    held = load_tile(row, 0, last, INITIAL, ROUNDS, SPAN)
+    best = best_of_tile(held)
+    if not RESIDENT:
+        for base in range(WIDTH, last + 1, WIDTH):
+            best = tl.maximum(best, best_of_tile(load_tile(row, base, last, INITIAL, ROUNDS, SPAN)))
+    # At least FREE scores are >= low, none is >= high: each of GROUPS >= FREE sets of columns holds one >= the least of their maxima.
+    of_group = tl.max(tl.reshape(best, [SPAN // GROUPS, GROUPS]), 0)
+    low = tl.min(of_group, 0)
+    top = tl.max(of_group, 0) + 1
+    high = top
+    found = FREE + 1
+    while (found != FREE) & (low + 1 < high):  # the FREE-th largest of the maxima is the better bound
+        middle = midpoint(low, high)
+        found = tl.sum((best >= middle).to(tl.int32), 0)
+        low = tl.where(found >= FREE, middle, low)
+        high = tl.where(found >= FREE, high, middle)
+    marks, found = count(row, held, score_of(low), last, INITIAL, BITS, ROUNDS, SPAN, RESIDENT)
+    middle = tl.where(high < top, high, midpoint(low, high))  # seldom do FREE scores reach what fewer maxima do: the other bound
+    high = top
+    while (found > FREE) & (low + 1 < high):
+        fewer, at_least = count(row, held, score_of(middle), last, INITIAL, BITS, ROUNDS, SPAN, RESIDENT)
+        enough = at_least >= FREE
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        found = tl.where(enough, at_least, found)
+        marks = tl.where(enough, fewer, marks)
+        middle = midpoint(low, high)
+    threshold = score_of(low)
+    cut = last
+    if found != FREE:  # ties (or a threshold of -inf, where NaN ties too): the smaller columns are taken
+        _, above = count(row, held, score_of(low + 1), last, INITIAL, BITS, ROUNDS, SPAN, RESIDENT)
+        short = INITIAL - 1
+        while short + 1 < cut:
+            middle = (short + cut) >> 1
+            ties = count_tied(row, held, threshold, middle, last, INITIAL, ROUNDS, SPAN, RESIDENT)
+            short = tl.where(above + ties >= FREE, short, middle)
+            cut = tl.where(above + ties >= FREE, middle, cut)
+        marks = mark(settle(held, 0, threshold, cut, last, INITIAL, ROUNDS, SPAN), threshold, BITS)
+    taken = emit(out, marks, 0, INITIAL, BITS)
+    if not RESIDENT:
+        for base in range(WIDTH, last + 1, WIDTH):
+            score = load_tile(row, base, last, INITIAL, ROUNDS, SPAN)
+            if found != FREE:
+                score = settle(score, base, threshold, cut, last, INITIAL, ROUNDS, SPAN)
+            taken = emit(out, mark(score, threshold, BITS), base, taken, BITS)
+
+
+@triton.jit
+def choose(
+    row, out, current,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
+    LEAST: tl.constexpr, WIDTH: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Store the COUNT blocks of a query whose own block is `current`, by the scores in `row`: ascending, -1 last."""
+    FREE: tl.constexpr = COUNT - INITIAL - LOCAL
+    slot = tl.arange(0, SLOTS)
+    # All candidates, padded with -1, where they are no more than the slots; else those chosen whatever their score.
+    few = current < COUNT
+    local = tl.where(slot < INITIAL, slot, current - (COUNT - 1) + slot)
+    always = (slot < INITIAL) | (slot >= COUNT - LOCAL)
+    index = tl.where(few, tl.where(slot <= current, slot, -1), local)
+    tl.store(out + slot, index, mask=(slot < COUNT) & (few | always))
+    if FREE > 0:
+        last = current - LOCAL
+        if current < COUNT:
+            pass
+        elif RESIDENT:
+            # Early queries have few candidates: they do not pay for the width of the last ones.
+            HALVINGS: tl.constexpr = 2 if WIDTH >= 4 * LEAST else 1 if WIDTH >= 2 * LEAST else 0
+            for i in tl.static_range(HALVINGS + 1):
+                if (last < (WIDTH >> i)) & ((i == HALVINGS) | (last >= (WIDTH >> i) // 2)):
+                    pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH >> i, True)
+        else:
+            pick(row, out, last, FREE, INITIAL, GROUPS, BITS, LEAST, WIDTH, False)
+
+
+@triton.jit
+def load_page_rows(
+    pages_ptr, table_ptr, row0, last, head, heads, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """[ROWS, D_PAD] from row0 on, a multiple of ROWS, which divides PAGE: rows in one page. 0 from row `last` on and past column D."""
+    page = tl.load(table_ptr + row0 // PAGE).to(tl.int64)
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, D_PAD)[None, :]
+    base = pages_ptr + ((page * heads + head) * PAGE + row0 % PAGE) * D
+    inside = (row < last - row0) & (column < D) if D_PAD > D else row < last - row0
+    return tl.load(base + row * D + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def attend(q, k, v, seen, top, total, o, qk_scale):
+    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], o [M, D_V] of that top, probabilities of the tile's own top
+    [M, N], that top). A row that has seen nothing has top -inf."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    scores = tl.where(seen, scores, -float("inf"))
+    tile_top = tl.max(scores, 1)
+    prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
+    new_top = tl.maximum(top, tile_top)
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
+    total = total * old + tl.sum(prob, 1) * new
+    o = tl.dot((prob * new[:, None]).to(q.dtype), v, o * old[:, None], input_precision="ieee")
+    return new_top, total, o, prob, tile_top
+
+
+@triton.jit
+def last_to_arrive(arrived_ptr, programs):
+    """Whether the other programs that count at arrived_ptr are all done: what they have stored can be read. The count is then 0 again."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def decode_compressed_fwd_kernel(
+    q_ptr,  # [S, TOKENS, Hq, D_QK]
+    k_ptr,  # [pages, Hkv, PAGE, D_QK]
+    v_ptr,  # [pages, Hkv, PAGE, D_V]
+    k_scale_ptr,  # [Hkv] fp32, what stored keys are multiplied by; None where they are stored as they are
+    table_ptr,  # [slots, max_pages] int32: pages of compressed tokens
+    slot_ptr,  # [S] int32
+    length_ptr,  # [slots] int32: tokens, the new ones included
+    part_ptr,  # [S, Hkv, splits, M, D_V] fp32: a split's o for its own top, not divided by its total
+    stat_ptr,  # [S, Hkv, splits, 2, M] fp32: top (log2 domain), total
+    sums_ptr,  # [S, Hkv, LAGS, M, blocks] fp32: what a group of UNITS tokens gives to the block of its number + lag, for its tile's top
+    tops_ptr,  # [S, Hkv, M, tiles] fp32: tiles' tops
+    scores_ptr,  # [S, TOKENS, Hkv, blocks] fp32
+    index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
+    arrived_ptr,  # [S, Hkv] int32, 0
+    scale: tl.float32,
+    heads: tl.int32,
+    max_pages: tl.int32,
+    blocks: tl.int32,
+    tiles: tl.int32,
+    stride_qs: tl.int64,
+    stride_qt: tl.int64,
+    stride_qh: tl.int64,
+    G: tl.constexpr,
+    TOKENS: tl.constexpr,
+    M: tl.constexpr,
+    D_QK: tl.constexpr,
+    DQ: tl.constexpr,
+    D_V: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    UNITS: tl.constexpr,
+    LAGS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    slot = tl.load(slot_ptr + sequence)
+    length = tl.load(length_ptr + slot)
+    table = table_ptr + slot.to(tl.int64) * max_pages
+    row = tl.arange(0, M)
+    valid = row < TOKENS * G
+    position = length - TOKENS + row // G
+    newest = tl.maximum(position + 1 - BLOCK + STRIDE, 0) // STRIDE - 1  # the last compressed token that a row sees
+    newest = tl.where(valid, newest, -1)
+    keys = tl.maximum(length - BLOCK + STRIDE, 0) // STRIDE
+    here = sequence.to(tl.int64) * heads + head
+
+    column = tl.arange(0, DQ)
+    q_rows = sequence.to(tl.int64) * stride_qs + row // G * stride_qt + (head * G + row % G) * stride_qh
+    q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
+    qk_scale = scale * 1.4426950408889634
+    if k_scale_ptr is not None:
+        qk_scale *= tl.load(k_scale_ptr + head)
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    o = tl.zeros([M, DV], tl.float32)
+    used = (keys + BLOCK_N - 1) // BLOCK_N
+    each = (used + splits - 1) // splits
+    unit = tl.arange(0, UNITS)[None, None, :]
+    group = tl.arange(0, BLOCK_N // UNITS)
+    sums = sums_ptr + here * (LAGS * M) * blocks
+    tops = tops_ptr + here * M * tiles
+    for tile in tl.range(split * each, tl.minimum((split + 1) * each, used), num_stages=STAGES):
+        key0 = tile * BLOCK_N
+        k = load_page_rows(k_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_QK, DQ).to(q.dtype)
+        v = load_page_rows(v_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_V, DV).to(q.dtype)
+        seen = (key0 + tl.arange(0, BLOCK_N))[None, :] <= newest[:, None]
+        top, total, o, prob, tile_top = attend(q, k, v, seen, top, total, o, qk_scale)
+        tl.store(tops + row * tiles + tile, tile_top)
+        prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
+        place = row[:, None] * blocks + (tile * (BLOCK_N // UNITS) + group)[None, :]
+        fits = (tile * (BLOCK_N // UNITS) + group < blocks)[None, :]
+        weight = tl.full([1, 1, UNITS], 2.0, tl.float32)
+        weight = tl.where(unit == 1, 2.0, weight)
+        weight = tl.where(unit == 2, 2.0, weight)
+        weight = tl.where(unit == 3, 1.0, weight)
+        tl.store(sums + 0 * M * blocks + place, tl.sum(prob * weight, 2), mask=fits)
+        weight = tl.full([1, 1, UNITS], 0.0, tl.float32)
+        weight = tl.where(unit == 1, 0.0, weight)
+        weight = tl.where(unit == 2, 0.0, weight)
+        weight = tl.where(unit == 3, 1.0, weight)
+        tl.store(sums + 1 * M * blocks + place, tl.sum(prob * weight, 2), mask=fits)
+    column = tl.arange(0, DV)
+    part = here * splits + split
+    tl.store(part_ptr + (part * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
+    tl.store(stat_ptr + part * (2 * M) + row, top)
+    tl.store(stat_ptr + part * (2 * M) + M + row, total)
+    if last_to_arrive(arrived_ptr + here, splits):
+        # The softmax of all splits, then each block's probability, summed over the group (eq. 10), token by token.
+        top = tl.full([M], -float("inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        for i in range(splits):
+            other = stat_ptr + (here * splits + i) * (2 * M)
+            other_top = tl.load(other + row)
+            new_top = tl.maximum(top, other_top)
+            safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+            total = total * tl.exp2(top - safe) + tl.load(other + M + row) * tl.exp2(other_top - safe)
+            top = new_top
+        top = tl.where(top == -float("inf"), 0.0, top)
+        factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
+        last = (length - 1) // SELECTED
+        for block0 in range(0, last + 1, 64):
+            block = block0 + tl.arange(0, 64)
+            importance = tl.zeros([M, 64], tl.float32)
+            for lag in tl.static_range(LAGS):
+                source = block - lag
+                of_tile = source * UNITS // BLOCK_N
+                exists = ((source >= 0) & (of_tile < used) & (source < blocks))[None, :] & valid[:, None]
+                source_top = tl.load(tops + row[:, None] * tiles + of_tile[None, :], mask=exists, other=-float("inf"))
+                value = tl.load(sums + (lag * M + row)[:, None] * blocks + source[None, :], mask=exists, other=0.0)
+                importance += value * tl.exp2(source_top - top[:, None])
+            importance *= factor[:, None]
+            for token in tl.static_range(TOKENS):
+                of_token = tl.sum(tl.where((row // G == token)[:, None], importance, 0.0), 0)
+                target = scores_ptr + ((sequence.to(tl.int64) * TOKENS + token) * heads + head) * blocks
+                tl.store(target + block, of_token, mask=block <= last)
+        tl.debug_barrier()  # the whole row is read by every thread
+        for token in range(TOKENS):
+            at = (sequence.to(tl.int64) * TOKENS + token) * heads + head
+            current = tl.maximum(length - TOKENS + token, 0) // SELECTED
+            row_of, chosen = scores_ptr + at * blocks, index_ptr + at * COUNT
+            choose(row_of, chosen, current, COUNT, SLOTS, INITIAL, LOCAL, GROUPS, BITS, LEAST, WIDTH, RESIDENT)
+
+
+_TOKENS = 1
+_M = 16
+_BLOCK = 64
+_BLOCK_N = 32
+_LAGS = 2
+_UNITS = 4
+_WARPS = 4
+_LEAST = max(128 * _WARPS, 32)
+_decode = Launcher(
+    decode_compressed_fwd_kernel,
+    {
+        "G": 16,
+        "TOKENS": _TOKENS,
+        "M": _M,
+        "D_QK": 192,
+        "DQ": 256,
+        "D_V": 128,
+        "DV": 128,
+        "PAGE": 64,
+        "BLOCK": 32,
+        "STRIDE": 16,
+        "SELECTED": _BLOCK,
+        "UNITS": _UNITS,
+        "LAGS": _LAGS,
+        "COUNT": 16,
+        "SLOTS": 16,
+        "INITIAL": 1,
+        "LOCAL": 2,
+        "GROUPS": 32,
+        "BITS": 4,
+        "LEAST": _LEAST,
+        "BLOCK_N": _BLOCK_N,
+        "STAGES": 5,
+    },
+    num_warps=_WARPS,
+    num_stages=5,
+)
+
+
+def decode_compressed_fwd(q, k_pages, v_pages, k_scale, table, slots, lengths, arrived, block_indices, max_seqlen, scale):
+    """Attention of a few new tokens to compressed tokens (paper eq. 8), as partial results, and the blocks they choose (eqs. 9-11).
+
+    Args:
+        q: [S, 1, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
+        k_pages, v_pages: [pages, Hkv, 64, D] contiguous.
+        k_scale: [Hkv] fp32, what stored keys are multiplied by, or None; values are not multiplied.
+        table: [slots, max_pages] int32 contiguous: pages of compressed tokens.
+        slots: [S] int32.
+        lengths: [slots] int32: tokens of each, the new ones included.
+        arrived: [at least S * Hkv] int32, 0; left so.
+        block_indices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
+        max_seqlen: no sequence is longer.
+
+    Returns:
+        part [S, Hkv, splits, M, D_V] fp32 and stat [S, Hkv, splits, 2, M] fp32, with M >= tokens * group rows (token, then group member):
+        what a split adds up to for its own maximum, that maximum in the log2 domain and the sum of weights.
+    """
+    sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
+    blocks = -(-max_seqlen // _BLOCK) + 3 & ~3
+    tiles = -(-(max_seqlen // 16) // _BLOCK_N) + 1
+    splits = max(min(16, tiles), 1)
+    part = torch.empty((sequences, heads, splits, _M, v_pages.shape[3]), dtype=torch.float32, device=device)
+    stat = torch.empty((sequences, heads, splits, 2, _M), dtype=torch.float32, device=device)
+    sums = torch.empty((sequences, heads, _LAGS, _M, blocks), dtype=torch.float32, device=device)
+    tops = torch.empty((sequences, heads, _M, tiles), dtype=torch.float32, device=device)
+    scores = torch.empty((sequences, _TOKENS, heads, blocks), dtype=torch.float32, device=device)
+    width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
+    resident = width <= 1024 * _WARPS
+    _decode(
+        (splits, heads, sequences),
+        q, k_pages, v_pages, k_scale, table, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
+        scale, heads, table.shape[1], blocks, tiles, *q.stride()[:3],
+        WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
+    )  # fmt: skip
+    return part, stat

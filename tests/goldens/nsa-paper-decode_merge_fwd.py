@@ -1,0 +1,256 @@
+"""decode_merge_fwd, rendered by nsa-gen from templates/decode_merge_fwd.py.jinja. Do not edit: change the template.
+
+problem 92acbaae9988: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 window=512
+    page_size=64 tokens=1
+config  20401b9935fa: SELECT_PIECES=4 WINDOW_PIECES=2 num_stages=3 num_warps=4
+command: python -m nsa_gen generate SPEC --target TARGET -o DIR
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa_gen.launch import Launcher
+
+
+@triton.jit
+def load_page_rows(
+    pages_ptr, table_ptr, row0, last, head, heads, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """[ROWS, D_PAD] from row0 on, a multiple of ROWS, which divides PAGE: rows in one page. 0 from row `last` on and past column D."""
+    page = tl.load(table_ptr + row0 // PAGE).to(tl.int64)
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, D_PAD)[None, :]
+    base = pages_ptr + ((page * heads + head) * PAGE + row0 % PAGE) * D
+    inside = (row < last - row0) & (column < D) if D_PAD > D else row < last - row0
+    return tl.load(base + row * D + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def attend(q, k, v, seen, top, total, o, qk_scale):
+    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], o [M, D_V] of that top, probabilities of the tile's own top
+    [M, N], that top). A row that has seen nothing has top -inf."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    scores = tl.where(seen, scores, -float("inf"))
+    tile_top = tl.max(scores, 1)
+    prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
+    new_top = tl.maximum(top, tile_top)
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
+    total = total * old + tl.sum(prob, 1) * new
+    o = tl.dot((prob * new[:, None]).to(q.dtype), v, o * old[:, None], input_precision="ieee")
+    return new_top, total, o, prob, tile_top
+
+
+@triton.jit
+def last_to_arrive(arrived_ptr, programs):
+    """Whether the other programs that count at arrived_ptr are all done: what they have stored can be read. The count is then 0 again."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def gather(part_ptr, stat_ptr, count, rows, size, inside, column, D_V: tl.constexpr, G_PAD: tl.constexpr, DV: tl.constexpr):
+    """Put `count` partial results of `size` rows each together: o [G_PAD, DV] of some rows; 0 where nothing was seen."""
+    top = tl.full([G_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    o = tl.zeros([G_PAD, DV], tl.float32)
+    for i in range(count):
+        stat = stat_ptr + i * 2 * size + rows
+        other_top = tl.load(stat)
+        other_total = tl.load(stat + size)
+        other = tl.load(part_ptr + (i * size + rows)[:, None] * D_V + column[None, :], mask=inside, other=0.0)
+        new_top = tl.maximum(top, other_top)
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+        old, new = tl.exp2(top - safe), tl.exp2(other_top - safe)
+        o = o * old[:, None] + other * new[:, None]
+        total = total * old + other_total * new
+        top = new_top
+    return o / tl.where(total > 0, total, 1.0)[:, None]  # o is 0 where total is
+
+
+@triton.jit
+def decode_merge_fwd_kernel(
+    q_ptr,  # [S, TOKENS, Hq, D_QK]
+    k_ptr,  # [pages, Hkv, PAGE, D_QK]
+    v_ptr,  # [pages, Hkv, PAGE, D_V]
+    k_scale_ptr,  # [2, Hkv] fp32, of the selected and the sliding branch; None where numbers are stored as they are
+    v_scale_ptr,
+    cmp_scale_ptr,  # [Hkv] fp32, of compressed V, or None
+    selected_ptr,  # [slots, max_pages] int32: pages of the selected branch
+    sliding_ptr,  # the same of the sliding branch
+    slot_ptr,  # [S] int32
+    length_ptr,  # [slots] int32: tokens, the new ones included
+    index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
+    cmp_part_ptr,  # [S, Hkv, splits, M, D_V] fp32
+    cmp_stat_ptr,  # [S, Hkv, splits, 2, M] fp32
+    g_cmp_ptr,  # [S, TOKENS, Hq]
+    g_slc_ptr,
+    g_swa_ptr,
+    part_ptr,  # [S, TOKENS, Hkv, PIECES, G_PAD, D_V] fp32
+    stat_ptr,  # [S, TOKENS, Hkv, PIECES, 2, G_PAD] fp32
+    arrived_ptr,  # [S, TOKENS, Hkv] int32, 0
+    o_ptr,  # [S, TOKENS, Hq, D_V], contiguous
+    scale: tl.float32,
+    heads: tl.int32,
+    max_pages: tl.int32,
+    splits: tl.int32,
+    stride_qs: tl.int64,
+    stride_qt: tl.int64,
+    stride_qh: tl.int64,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    M: tl.constexpr,
+    D_QK: tl.constexpr,
+    DQ: tl.constexpr,
+    D_V: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    COUNT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SELECT_PIECES: tl.constexpr,
+    WINDOW_PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
+    TYPES: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    head = tl.program_id(1) % heads
+    token = tl.program_id(1) // heads
+    sequence = tl.program_id(2)
+    slot = tl.load(slot_ptr + sequence)
+    length = tl.load(length_ptr + slot)
+    position = length - TOKENS + token
+    member = tl.arange(0, G_PAD)
+    valid = member < G
+    column = tl.arange(0, DQ)
+    q_rows = sequence.to(tl.int64) * stride_qs + token * stride_qt + (head * G + member) * stride_qh
+    q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
+    qk_scale = scale * 1.4426950408889634
+    v_scale = 1.0
+    sliding = piece >= SELECT_PIECES
+    if k_scale_ptr is not None:
+        branch = sliding.to(tl.int32) * heads + head
+        qk_scale *= tl.load(k_scale_ptr + branch)
+        v_scale *= tl.load(v_scale_ptr + branch)
+    top = tl.full([G_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    o = tl.zeros([G_PAD, DV], tl.float32)
+    here = (sequence.to(tl.int64) * TOKENS + token) * heads + head
+    inner = tl.arange(0, SELECTED)
+    table = tl.where(sliding, sliding_ptr, selected_ptr) + slot.to(tl.int64) * max_pages
+    # Tiles of SELECTED tokens: a piece's share of the chosen blocks, or of those that the window reaches into.
+    slots = tl.arange(0, SLOTS)
+    indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
+    first_key = tl.where(sliding, tl.maximum(position - WINDOW + 1, 0), 0)
+    first_tile = first_key // SELECTED
+    tiles = tl.where(sliding, position // SELECTED + 1 - first_tile, tl.sum((indices >= 0).to(tl.int32), 0))
+    tiles = tl.where(position >= 0, tiles, 0)
+    pieces = tl.where(sliding, WINDOW_PIECES, SELECT_PIECES)
+    each = (tiles + pieces - 1) // pieces
+    begin = tl.where(sliding, piece - SELECT_PIECES, piece) * each
+    for i in tl.range(begin, tl.minimum(begin + each, tiles), num_stages=STAGES):
+        block = tl.where(sliding, first_tile + i, tl.sum(tl.where(slots == i, indices, 0), 0))
+        key0 = block * SELECTED
+        k = load_page_rows(k_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_QK, DQ).to(q.dtype)
+        v = load_page_rows(v_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_V, DV).to(q.dtype)
+        seen = (key0 + inner <= position) & (key0 + inner >= first_key)
+        top, total, o, _, _ = attend(q, k, v, seen[None, :], top, total, o, qk_scale)
+
+    column = tl.arange(0, DV)
+    inside = valid[:, None] & (column < D_V)[None, :]
+    part = here * (SELECT_PIECES + WINDOW_PIECES) + piece
+    tl.store(part_ptr + (part * G_PAD + member)[:, None] * D_V + column[None, :], o * v_scale, mask=inside)
+    tl.store(stat_ptr + part * (2 * G_PAD) + member, top)
+    tl.store(stat_ptr + part * (2 * G_PAD) + G_PAD + member, total)
+    if last_to_arrive(arrived_ptr + here, SELECT_PIECES + WINDOW_PIECES):
+        first = here * (SELECT_PIECES + WINDOW_PIECES)
+        parts, stats = part_ptr + first * G_PAD * D_V, stat_ptr + first * (2 * G_PAD)
+        o_slc = gather(parts, stats, SELECT_PIECES, member, G_PAD, inside, column, D_V, G_PAD, DV)
+        parts += SELECT_PIECES * G_PAD * D_V
+        stats += SELECT_PIECES * (2 * G_PAD)
+        o_swa = gather(parts, stats, WINDOW_PIECES, member, G_PAD, inside, column, D_V, G_PAD, DV)
+        first = (sequence.to(tl.int64) * heads + head) * splits
+        rows = tl.minimum(token * G + member, M - 1)
+        o_cmp = gather(
+            cmp_part_ptr + first * M * D_V, cmp_stat_ptr + first * (2 * M), splits, rows, M, inside, column, D_V, G_PAD, DV
+        )  # fmt: skip
+        if cmp_scale_ptr is not None:
+            o_cmp *= tl.load(cmp_scale_ptr + head)
+        place = (sequence.to(tl.int64) * TOKENS + token) * (heads * G) + head * G + member
+        out = o_cmp * tl.load(g_cmp_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
+        out += o_slc * tl.load(g_slc_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
+        out += o_swa * tl.load(g_swa_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
+        tl.store(o_ptr + place[:, None] * D_V + column[None, :], out.to(o_ptr.dtype.element_ty), mask=inside)
+
+
+def types(*tensors):
+    """A constant that tells binaries apart by which tensors are fp32, and which are None."""
+    return sum((0 if x is None else 1 if x.dtype == torch.float32 else 2) * 3**i for i, x in enumerate(tensors))
+
+
+_TOKENS = 1
+_M = 16
+_G_PAD = 16
+_SELECT_PIECES = 4
+_WINDOW_PIECES = 2
+_merge = Launcher(
+    decode_merge_fwd_kernel,
+    {
+        "G": 16,
+        "G_PAD": _G_PAD,
+        "TOKENS": _TOKENS,
+        "M": _M,
+        "D_QK": 192,
+        "DQ": 256,
+        "D_V": 128,
+        "DV": 128,
+        "PAGE": 64,
+        "SELECTED": 64,
+        "COUNT": 16,
+        "SLOTS": 16,
+        "WINDOW": 512,
+        "SELECT_PIECES": _SELECT_PIECES,
+        "WINDOW_PIECES": _WINDOW_PIECES,
+        "STAGES": 3,
+    },
+    num_warps=4,
+    num_stages=3,
+)
+
+
+def decode_merge_fwd(
+    q, k_pages, v_pages, k_scale, v_scale, cmp_scale, selected, sliding, slots, lengths, block_indices, cmp_part, cmp_stat,
+    g_cmp, g_slc, g_swa, arrived, o, scale,
+):  # fmt: skip
+    """Attention of a few new tokens to their chosen blocks (paper eq. 12) and the window, added up with compressed attention (eq. 5).
+
+    Args:
+        q: [S, 1, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
+        k_pages, v_pages: [pages, Hkv, 64, D] contiguous.
+        k_scale, v_scale: [2, Hkv] fp32 of the selected and the sliding branch, or None.
+        cmp_scale: [Hkv] fp32 of compressed V, or None.
+        selected, sliding: [slots, max_pages] int32 contiguous: pages of the branches' tokens.
+        slots: [S] int32.
+        lengths: [slots] int32: tokens of each, the new ones included.
+        block_indices, cmp_part, cmp_stat: as decode_compressed_fwd gives them.
+        g_cmp, g_slc, g_swa: [S, tokens, Hq] contiguous, of one dtype.
+        arrived: [at least S * tokens * Hkv] int32, 0; left so.
+        o: [S, tokens, Hq, D_V] contiguous, written.
+    """
+    sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
+    pieces = _SELECT_PIECES + _WINDOW_PIECES
+    part = torch.empty((sequences, _TOKENS, heads, pieces, _G_PAD, v_pages.shape[3]), dtype=torch.float32, device=device)
+    stat = torch.empty((sequences, _TOKENS, heads, pieces, 2, _G_PAD), dtype=torch.float32, device=device)
+    _merge(
+        (pieces, _TOKENS * heads, sequences),
+        q, k_pages, v_pages, k_scale, v_scale, cmp_scale, selected, sliding, slots, lengths, block_indices, cmp_part, cmp_stat,
+        g_cmp, g_slc, g_swa, part, stat, arrived, o, scale, heads, selected.shape[1], cmp_part.shape[2], *q.stride()[:3],
+        TYPES=types(g_cmp),
+    )  # fmt: skip
