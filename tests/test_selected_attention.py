@@ -198,8 +198,10 @@ def test_what_lies_past_a_sequence_does_not_leak(operands, loads, listed):
 
 
 @runs
-@pytest.mark.parametrize(("count", "initial", "local"), [(5, 1, 2), (4, 0, 1), (4, 2, 0), (3, 0, 0)])
-@pytest.mark.parametrize(("operands", "loads"), QUERY_OUTER)
+@pytest.mark.parametrize(
+    ("operands", "loads", "count", "initial", "local"),
+    [*((*way, 5, 1, 2) for way in QUERY_OUTER), *(("rows", "pointer", *blocks) for blocks in ((4, 0, 1), (4, 2, 0), (3, 0, 0)))],
+)
 def test_one_partial_result_for_the_rest(operands, loads, count, initial, local):
     """What query-outer hands to the rest of the forward: each query's attention over all its blocks that are not forced."""
     p = problem(group=3, v=48 if loads == "pointer" else 32, count=count, initial=initial, local=local)

@@ -14,7 +14,7 @@ SPACES["decode_compressed_fwd"] = Space(
         # Compressed tokens a tile, and programs that share a sequence's.
         Knob("BLOCK_N", (16, 32, 64, 128)),
         Knob("SPLITS", (1, 2, 4, 8, 16, 32, 64, 128)),
-        Knob("BLOCK_B", (16, 32, 64, 128)),  # blocks at a time, when importance is put together
+        Knob("BLOCK_B", (16, 32, 64, 128, 256)),  # blocks at a time, when importance is put together
         Knob("num_warps", (4, 8)),
         Knob("num_stages", _STAGES),
     ),
