@@ -130,7 +130,7 @@ SPACES["selected_attention_bwd"] = Space(
         Knob("ENTRIES", (32, 64, 128, 256, 512, 1024, 2048)),
         Knob("ROWS", (16, 32, 64, 128)),
         Knob("dkv_warps", (4, 8)),
-        Knob("dkv_stages", (1, 2, 3)),
+        Knob("dkv_stages", (1, 2, 3, 5, 7)),  # rows wait for their entry: a pipeline of n stages holds (n - 1) / 2 tiles
         Knob("dkv_registers", (None, 168)),
     ),
     defaults={"": lambda p: _selected_default(p, wgmma=False), "sm_90": lambda p: _selected_default(p, wgmma=True)},
@@ -163,8 +163,8 @@ def _selected_fault(p: Problem, c: Config) -> str | None:
         return f"{c.dq_warps} warps on a block of {p.selection_block} keys leave warps without rows"
     if c.dkv_warps == 8 and p.selection_block < 64:
         return f"8 warps on a block of {p.selection_block} keys leave warps without rows"
-    if c.ROWS < 32 and not (_wide(p) or p.dtype == "float32"):
-        return f"tiles of {c.ROWS} rows are for float32 and head dims past 128"
+    if c.ROWS < 32 and c.dq != "ds" and not (_wide(p) or p.dtype == "float32"):
+        return f"tiles of {c.ROWS} rows are for float32, head dims past 128, and where dq is made elsewhere"
     registers = (2 * p.selection_block * max(p.head_dim_qk, p.head_dim_v) + 2 * p.selection_block * c.ROWS) // (32 * c.dkv_warps)
     if registers > 300:
         return f"blocks of {p.selection_block} by {c.ROWS} rows need {registers} registers a thread and more on {c.dkv_warps} warps"
