@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .branches import compression
+from .branches import compression, decode
 from .branches._inputs import DTYPES, SpecLike, geometry_of
-from .branches.decode import STREAMS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
 from .spec import load
@@ -49,7 +48,7 @@ class PagedKVCache:
         max_sequences: that exist at a time.
         max_seqlen: tokens of a sequence.
         dtype: of K and V as given and as read; default the spec's.
-        storage: dtype of what is stored: ``dtype`` (default), or ``torch.float8_e4m3fn``.
+        storage: dtype of what is stored: ``dtype`` (default), or ``torch.float8_e4m3fn`` (of NVIDIA GPUs from sm_89 on).
         k_scale, v_scale: with fp8, what stored numbers are multiplied by: a number, ``[Hkv]``, or ``[streams,Hkv]`` in the order of
             ``streams``. Numbers past 448 times that are clipped.
         phi_k, phi_v: weights of φ, see :func:`nsa_gen.compress`.
@@ -127,7 +126,7 @@ class PagedKVCache:
         self.max_seqlen = max_seqlen
         self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
         self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, dtype=torch.int32, **made)
-        chosen = list(STREAMS[len(streams)])
+        chosen = list(decode.STREAMS[len(streams)])
         #: What decoding multiplies by: compressed K, selected and sliding K, the same of V, compressed V; nothing where nothing is scaled.
         self.scales: tuple[Tensor, ...] = () if self.storage is self.dtype else (
             self.k_scale[-1], self.k_scale[chosen[:2]], self.v_scale[chosen[:2]], self.v_scale[-1],
@@ -220,10 +219,46 @@ class PagedKVCache:
         more = self._counts(sequences, given[0][0].shape[0], tokens)
         before = {sequence: self._pages.find(sequence).tokens for sequence in more}
         self._apply(self._pages.extend(more))
+        if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
+            self._set_lengths(list(more))
+            self._append_few(given, self.slots(list(more)))
+            return
         for stream, (x, y) in enumerate(given):
             self._write(stream, [(s, before[s], before[s] + n) for s, n in more.items()], x, y)
         self._compress(more, before)
         self._set_lengths(list(more))
+
+    def reserve(self, sequences: Sequence[int], tokens: int = 1) -> None:
+        """Make room for so many more tokens of each sequence and count them as there: :meth:`write` brings them.
+
+        Raises:
+            UnknownSequence, OutOfPages, InputError: as for :meth:`append`; the cache is then as before.
+        """
+        if not 1 <= tokens <= MOST_TOKENS:
+            raise InputError(f"tokens must be 1 to {MOST_TOKENS}, got {tokens}")
+        more = self._counts(sequences, tokens * len(sequences), None)
+        self._apply(self._pages.extend(more))
+        self._set_lengths(list(more))
+
+    def write(self, k: Branches, v: Branches, slots: Tensor) -> None:
+        """Write the last tokens of sequences, for which there is room since :meth:`reserve`, and what they complete: one kernel.
+
+        Where they go the device knows: captured in a CUDA graph it serves any later step, each after a :meth:`reserve`.
+
+        Args:
+            k, v: ``[S*n,Hkv,D]``, n tokens of each of S sequences; three of each where K and V are per branch.
+            slots: int32 ``[S]``, as :meth:`slots` gives them.
+
+        Raises:
+            InputError: another shape, dtype, device, or number of tokens.
+        """
+        given, count = self._given(k, v), slots.shape[0] if isinstance(slots, Tensor) and slots.dim() == 1 else 0
+        if not count or slots.dtype is not torch.int32 or slots.device.type != self.device.type:
+            raise InputError(f"slots must be int32 [S] on {self.device}, got {getattr(slots, 'dtype', type(slots).__name__)}")
+        total = given[0][0].shape[0]
+        if total % count or not 1 <= total // count <= MOST_TOKENS:
+            raise InputError(f"{total} tokens for {count} sequences: allowed are 1 to {MOST_TOKENS} of each")
+        self._append_few(given, slots)
 
     def read(self, sequence: int, stream: str = "tokens") -> tuple[Tensor, Tensor]:
         """K and V of a stream, ``[rows,Hkv,Dqk]`` and ``[rows,Hkv,Dv]`` in ``dtype``, in one piece.
@@ -243,6 +278,13 @@ class PagedKVCache:
         return k, v
 
     # --- parts -------------------------------------------------------------------------------------------------------------------
+
+    def _append_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor) -> None:
+        k, v = (list(x) for x in zip(*given, strict=True))
+        scales = [] if self.storage is self.dtype else [self.k_scale, self.v_scale]
+        tensors = (self.k_pages, self.v_pages, self.tables, scales, slots, self.lengths, list(self.phi[0]), list(self.phi[1]))
+        with torch.no_grad():
+            decode.append(k, v, *tensors, self.geometry.key, self.max_seqlen)
 
     def _given(self, k: Branches, v: Branches) -> list[tuple[Tensor, Tensor]]:
         """K and V of each stream that takes tokens, checked."""

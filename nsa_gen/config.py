@@ -38,6 +38,10 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "decode_merge_fwd": (
         "dtype", "storage", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "window", "page_size", "tokens",
     ),
+    "cache_append": (
+        "dtype", "storage", "head_dim_qk", "head_dim_v", "block", "stride", "pooling", "hidden", "hidden_v", "branches", "page_size",
+        "tokens",
+    ),
 }  # fmt: skip
 #: Kernels that a spec alone needs, and those that serve from a KV cache.
 KERNELS = tuple(kernel for kernel, fields in KEY_FIELDS.items() if "page_size" not in fields)
@@ -51,11 +55,13 @@ class Cached(NamedTuple):
         storage: dtype of what the cache holds.
         page_size: rows a page.
         tokens: new tokens of each sequence.
+        branches: how many K and V a token has: one, or one for each branch.
     """
 
     storage: str
     page_size: int
     tokens: int = 1
+    branches: int = 1
 
 
 class _Named:
@@ -173,6 +179,7 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: Which = Non
         "stride": spec.compression.stride,
         "pooling": pooling,
         "hidden": (spec.compression.hidden or head_dim) if pooling == "mlp" else 0,
+        "hidden_v": (spec.compression.hidden or spec.head_dim.v) if pooling == "mlp" else 0,
         "selection_block": spec.selection.block,
         "count": spec.selection.count,
         "initial": spec.selection.initial,
@@ -185,6 +192,7 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: Which = Non
         "storage": cached.storage,
         "page_size": cached.page_size,
         "tokens": cached.tokens,
+        "branches": cached.branches,
     }
     return Problem.of(kernel, {name: known[name] for name in key_fields(kernel)})
 
@@ -214,7 +222,7 @@ def variants(kernel: str, spec: Spec) -> tuple[Which, ...]:
     if "deterministic" in KEY_FIELDS[kernel]:
         return False, True
     if kernel in SERVING:
-        return (Cached(spec.dtype, max(spec.selection.block, 64)),)
+        return (Cached(spec.dtype, max(spec.selection.block, 64), branches=3 if spec.kv == "per_branch" else 1),)
     return (None,)
 
 

@@ -233,6 +233,39 @@ def test_several_sequences_at_once():
 
 
 @pytest.mark.parametrize("kv", ["shared", "per_branch"])
+def test_room_first_then_rows_is_append(kv):
+    """As a CUDA graph has it: where rows go is in the tables and lengths alone. Strided K and V too."""
+    made = cache(kv=kv, max_seqlen=60)
+    a, b, one, two = (made.create() for _ in range(4))
+    for step, n in enumerate((1, 3, 8, 2, 8, 8)):
+        k, v = tokens(2 * n, kv, step)
+        made.append([a, b], k, v)
+        made.reserve([one, two], n)
+        wide = [
+            torch.full((len(several), 2 * n, 3, 40), torch.nan, device=DEVICE)
+            for several in ((k, v) if kv == "per_branch" else ((k,), (v,)))
+        ]
+        for x, several in zip(wide, (k, v), strict=True):
+            for y, part in zip(x, several if kv == "per_branch" else (several,), strict=True):
+                y[:, :2, : part.shape[-1]] = part
+        given = [tuple(x[:, :, :2, :dim]) if kv == "per_branch" else x[0, :, :2, :dim] for x, dim in zip(wide, (16, 32), strict=True)]
+        made.write(*given, made.slots([one, two]))
+    for name in made.streams:
+        if kv == "shared" or name in ("selected", "compressed"):
+            for s, t in ((a, one), (b, two)):
+                assert all(torch.equal(x, y) for x, y in zip(made.read(s, name), made.read(t, name), strict=True))
+    k, v = tokens(2, kv)
+    for call, why in (
+        (lambda: made.reserve([one], 9), "tokens must be 1 to 8, got 9"),
+        (lambda: made.write(k, v, made.slots([one]).long()), r"slots must be int32 \[S\]"),
+        (lambda: made.write(k, v, made.slots([a, b, one])), "2 tokens for 3 sequences"),
+        (lambda: made.reserve([one], 8) or made.reserve([one], 8) or made.reserve([one], 8) or made.reserve([one], 8), "allowed are 60"),
+    ):
+        with pytest.raises(InputError, match=why):
+            call()
+
+
+@pytest.mark.parametrize("kv", ["shared", "per_branch"])
 def test_fp8_rounds_within_its_step_and_clips(kv):
     scale = torch.tensor([0.5, 0.01], device=DEVICE)
     made = cache(kv=kv, storage=torch.float8_e4m3fn, k_scale=scale, v_scale=0.02)
@@ -259,8 +292,8 @@ def test_streams_may_have_scales_of_their_own():
     made = cache(storage=torch.float8_e4m3fn, k_scale=scale)
     s = made.create()
     k, v = tokens(8)
-    made.append([s], torch.full_like(k, 100.0), v)
-    assert float(made.k_pages.float().max()) == 384.0, "100 is stored as 96, and the mean of those by four"
+    made.append([s], torch.full_like(k, 99.0), v)
+    assert float(made.k_pages.float().max()) == 384.0, "99 is stored as 96, and the mean of those by four"
     assert bool((made.read(s, "compressed")[0] == 96).all())
 
 

@@ -191,6 +191,27 @@ for kernel in ("decode_compressed_fwd", "decode_merge_fwd"):
         case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")
         resources = loader.compile_all(lambda: case.run(module(p, space.default(p, arch))), there.triton_target())
         found += [[r.name, r.shared, (r.spills or 0) * ("tokens" not in changes)] for r in resources]
+import torch
+from nsa_gen import config, render
+from nsa_gen.spec import load
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+few = "bfloat16" if arch == "sm_80" else FP8  # which has no e4m3
+for name, storage, tokens in (("gqa16-d128", "bfloat16", 1), ("nsa-paper", few, 4)):
+    spec = load(name)
+    branches = 3 if spec.kv == "per_branch" else 1
+    p = config.problem("cache_append", spec, which=config.Cached(storage, 64, tokens, branches))
+    made, dims = module(p, space.default(p, arch)), (p.head_dim_qk, p.head_dim_v)
+    k, v = ([empty(8 * tokens, 4, dim)] * branches for dim in dims)
+    pages = [empty(99, 4, 64, dim, dtype=getattr(torch, storage)) for dim in dims]
+    f32, i32 = {"dtype": torch.float32}, {"dtype": torch.int32}
+    scales = [empty(branches + 1, 4, **f32)] * 2 if storage == FP8 else [None] * 2
+    phi = [[empty(4, 9)] * (5 if p.pooling == "mlp" else 0)] * 2
+    where = empty(branches + 1, 16, 100, **i32), *scales, empty(8, **i32), empty(16, **i32)
+    resources = loader.compile_all(lambda: made.cache_append(k, v, *pages, *where, *phi), there.triton_target())
+    found += [[r.name, r.shared, r.spills or 0] for r in resources]
 print(json.dumps([there.shared_bytes, found]))
 """
 
@@ -199,6 +220,6 @@ print(json.dumps([there.shared_bytes, found]))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles(arch, compiled_python):
     limit, found = json.loads(compiled_python(COMPILE, arch).splitlines()[-1])
-    assert {name for name, _, _ in found} == {"decode_compressed_fwd_kernel", "decode_merge_fwd_kernel"}
+    assert {name for name, _, _ in found} == {"decode_compressed_fwd_kernel", "decode_merge_fwd_kernel", "cache_append_kernel"}
     assert all(shared <= limit for _, shared, _ in found), found
     assert all(spills == 0 for _, _, spills in found) or arch != "sm_90", found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import Cached, Shape
-from ._inputs import geometry, kernel, ready_flat
+from ._inputs import geometry, kernel, ready, ready_flat
 
 #: Tables of a cache by what K and V are: those of the selected, the sliding and the compressed branch.
 STREAMS = {2: (0, 0, 1), 4: (1, 2, 3)}
@@ -43,6 +43,27 @@ def decode(
         ready_flat(g_cmp), ready_flat(g_slc), ready_flat(g_swa), arrived, o, scale,
     )  # fmt: skip
     return o
+
+
+def append(
+    k: list[Tensor], v: list[Tensor], k_pages: Tensor, v_pages: Tensor, tables: Tensor, scales: list[Tensor], slots: Tensor,
+    lengths: Tensor, phi_k: list[Tensor], phi_v: list[Tensor], key: str, max_seqlen: int,
+) -> None:  # fmt: skip
+    """Write the last n tokens of S sequences, and the compressed tokens that they complete, where ``lengths`` and ``tables`` say.
+
+    Args:
+        k, v: one each, or one for each branch, ``[S*n,Hkv,D]``.
+        k_pages, v_pages, tables, slots, lengths: of a ``PagedKVCache``, whose lengths count these tokens already.
+        scales: none, or K's and V's, ``[streams,Hkv]``.
+    """
+    sequences = slots.shape[0]
+    if not k[0].shape[0]:
+        return
+    which = Cached(str(k_pages.dtype).removeprefix("torch."), k_pages.shape[2], k[0].shape[0] // sequences, len(k))
+    host = kernel("cache_append", key, k[0], None, Shape(max_seqlen, sequences * k_pages.shape[1]), which)
+    k, v = ([ready(x) for x in given] for given in (k, v))
+    k, v = (given if len({x.stride() for x in given}) == 1 else [x.contiguous() for x in given] for given in (k, v))
+    host(k, v, k_pages, v_pages, tables, *(scales or (None, None)), slots, lengths, *([ready_flat(x) for x in w] for w in (phi_k, phi_v)))
 
 
 def _ready(q: Tensor) -> Tensor:

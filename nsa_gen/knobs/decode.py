@@ -48,6 +48,37 @@ SPACES["decode_merge_fwd"] = Space(
 )  # fmt: skip
 
 
+_PROJECT = {"body": ("project",)}
+SPACES["cache_append"] = Space(
+    knobs=(
+        # The pooling decides the body: mean and weighted add tokens up, linear and mlp go through a matrix, BLOCK_K elements of a token at
+        # a time, and BLOCK_U hidden units.
+        Knob("body", ("stream", "project")),
+        Knob("BLOCK_K", (16, 32, 64), _PROJECT),
+        Knob("BLOCK_U", (16, 32, 64), _PROJECT),
+        Knob("num_warps", (1, 2, 4, 8)),
+    ),
+    defaults={"": lambda p: _append(p, 32)},
+    safe=lambda p: _append(p, 16),
+    illegal=lambda p, c: (
+        f"pooling {p.pooling} is computed by body {_append_body(p)}" if c.body != _append_body(p)
+        else f"tiles of {c.BLOCK_K} x {_padded(p)} need more registers than {c.num_warps} warps have"
+        if c.body == "project" and max(c.BLOCK_K, c.BLOCK_U) * max(_padded(p), c.BLOCK_U) > 64 * 32 * c.num_warps
+        else None
+    ),
+)  # fmt: skip
+
+
+def _append_body(p: Problem) -> str:
+    return "stream" if p.pooling in ("mean", "weighted") else "project"
+
+
+def _append(p: Problem, step: int) -> dict[str, Value]:
+    if _append_body(p) == "stream":
+        return {"body": "stream", "num_warps": 1}
+    return {"body": "project", "BLOCK_K": step, "BLOCK_U": step, "num_warps": 8}
+
+
 def _slots(p: Problem) -> int:
     return 1 << (p.count - 1).bit_length()
 
