@@ -194,7 +194,7 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(max_examples=25, stateful_step_count=20, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
+TestWalk.settings = settings(max_examples=10, stateful_step_count=20, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
 
 
 @pytest.mark.parametrize("kv", ["shared", "per_branch"])

@@ -66,7 +66,7 @@ def test_head_dims(qk, v, parts):
 def test_forced_blocks(count, initial, local, parts, merge):
     """Nothing but forced blocks (no partial results), none of one kind, none at all, several initial ones."""
     p = problem(count=count, initial=initial, local=local, parts=parts)
-    held(p, config(p, merge=merge))
+    held(p, config(p, merge=merge), heads=1)
 
 
 @runs
