@@ -85,7 +85,7 @@ class PagedKVCache:
         heads_kv: int | None = None,
         device: str | torch.device = "cuda",
     ):
-        loaded = load(spec) if not hasattr(spec, "key") else spec
+        loaded = load(spec)
         g = self.geometry = geometry_of(loaded)
         self.spec, self.per_branch = loaded, loaded.kv == "per_branch"
         self.dtype = dtype or getattr(torch, loaded.dtype)
@@ -218,15 +218,13 @@ class PagedKVCache:
         given = self._given(k, v)
         more = self._counts(sequences, given[0][0].shape[0], tokens)
         before = {sequence: self._pages.find(sequence).tokens for sequence in more}
-        self._apply(self._pages.extend(more))
+        self._extend(more)
         if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
-            self._set_lengths(list(more))
             self._append_few(given, self.slots(list(more)))
             return
         for stream, (x, y) in enumerate(given):
             self._write(stream, [(s, before[s], before[s] + n) for s, n in more.items()], x, y)
         self._compress(more, before)
-        self._set_lengths(list(more))
 
     def reserve(self, sequences: Sequence[int], tokens: int = 1) -> None:
         """Make room for so many more tokens of each sequence and count them as there: :meth:`write` brings them.
@@ -237,8 +235,7 @@ class PagedKVCache:
         if not 1 <= tokens <= MOST_TOKENS:
             raise InputError(f"tokens must be 1 to {MOST_TOKENS}, got {tokens}")
         more = self._counts(sequences, tokens * len(sequences), None)
-        self._apply(self._pages.extend(more))
-        self._set_lengths(list(more))
+        self._extend(more)
 
     def write(self, k: Branches, v: Branches, slots: Tensor) -> None:
         """Write the last tokens of sequences, for which there is room since :meth:`reserve`, and what they complete: one kernel.
@@ -278,6 +275,10 @@ class PagedKVCache:
         return k, v
 
     # --- parts -------------------------------------------------------------------------------------------------------------------
+
+    def _extend(self, more: Mapping[int, int]) -> None:
+        self._apply(self._pages.extend(more))
+        self._set_lengths(list(more))
 
     def _append_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor) -> None:
         k, v = (list(x) for x in zip(*given, strict=True))

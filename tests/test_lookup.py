@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -110,6 +111,29 @@ def test_order_of_sources_from_the_last_to_the_first(monkeypatch):
     assert took(resolve(problem(), SHAPE, GPU)) == ("user cache", 64, True)
     with override(config(32)):
         assert took(resolve(problem(), SHAPE, GPU)) == ("override", 32, True)
+
+
+def test_a_key_without_rows_borrows_those_of_nearly_the_same_code():
+    """First the other varlen's, then the other deterministic's; of these only configs that are legal."""
+    kernel, made = "compressed_attention_bwd", {}
+    for deterministic, varlen in ((True, True), (True, False), (False, True), (False, False)):
+        key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16}
+        made[deterministic, varlen] = Problem.of(kernel, key | {"deterministic": deterministic, "varlen": varlen})
+    wanted = made[True, True]
+    separate = space.default(wanted, "sm_90")
+    kept = ("SPLITS", "KEYS", "ROWS", "dkv_mask", "dkv_stages", "dkv_warps")
+    atomic = Config.of(kernel, {"dq": "atomic"} | {name: separate[name] for name in kept})
+    space.check(made[False, True], atomic)
+    given = {(True, False): separate, (False, True): atomic, (False, False): separate.replace(SPLITS=8)}
+    rows = {key: replace(row(), problem=made[key], config=one) for key, one in given.items()}
+    for lenders, config, said in (
+        ([(False, True), (False, False), (True, False)], separate, "measured with varlen=False, borrowed"),
+        ([(False, True), (False, False)], given[False, False], "measured with deterministic=False, varlen=False, borrowed"),
+        ([(False, True)], separate, "default for sm_90"),
+    ):
+        Table("test-gpu", kernel, tuple(rows[key] for key in lenders)).save(table.shipped_path("test-gpu", kernel))
+        found = resolve(wanted, SHAPE, GPU)
+        assert found.config == config and said in found.reason and not found.exact
 
 
 def test_shipped_row_for_the_shape_goes_before_a_users_row_near_it():

@@ -122,14 +122,13 @@ def kernel(name: str, key: str, x: Tensor, cu_seqlens: Tensor | None, shape: Sha
 
 
 def is_ready(x: Tensor) -> bool:
-    """Whether kernels can read ``x [T,H,D]`` in place: last dim contiguous, 16-byte aligned, other strides multiples of 8."""
-    tokens, heads, _ = x.shape
-    stride_t, stride_h, stride_d = x.stride()
-    return stride_d == 1 and not (stride_t & 7 and tokens > 1) and not (stride_h & 7 and heads > 1) and not x.data_ptr() & 15
+    """Whether kernels can read ``x [...,H,D]`` in place: last dim contiguous, 16-byte aligned, other strides multiples of 8."""
+    *strides, last = x.stride()
+    return last == 1 and not any(s & 7 and n > 1 for s, n in zip(strides, x.shape, strict=False)) and not x.data_ptr() & 15
 
 
 def ready(x: Tensor) -> Tensor:
-    """``x [T,H,D]`` as kernels read it; a copy where :func:`is_ready` says no."""
+    """``x [...,H,D]`` as kernels read it; a copy where :func:`is_ready` says no."""
     return x if is_ready(x) else x.clone(memory_format=torch.contiguous_format)
 
 

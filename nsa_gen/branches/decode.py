@@ -34,7 +34,7 @@ def decode(
     choose, merge = (kernel(name, key, q, None, shape, which) for name in ("decode_compressed_fwd", "decode_merge_fwd"))
     selected, sliding, compressed = (tables[i] for i in STREAMS[tables.shape[0]])
     k_cmp_scale, k_scale, v_scale, v_cmp_scale = scales or (None,) * 4
-    q = _ready(q)
+    q = ready(q)
     count = geometry(key).count
     block_indices = torch.empty((sequences, tokens, k_pages.shape[1], count), dtype=torch.int32, device=q.device)
     part, stat = choose(q, k_pages, v_pages, k_cmp_scale, compressed, slots, lengths, arrived, block_indices, max_seqlen, scale)
@@ -64,13 +64,6 @@ def append(
     k, v = ([ready(x) for x in given] for given in (k, v))
     k, v = (given if len({x.stride() for x in given}) == 1 else [x.contiguous() for x in given] for given in (k, v))
     host(k, v, k_pages, v_pages, tables, *(scales or (None, None)), slots, lengths, *([ready_flat(x) for x in w] for w in (phi_k, phi_v)))
-
-
-def _ready(q: Tensor) -> Tensor:
-    """``q`` as kernels read it; a copy where they cannot."""
-    *strides, last = q.stride()
-    in_place = last == 1 and not any(stride & 7 for stride in strides) and not q.data_ptr() & 15
-    return q if in_place else q.clone(memory_format=torch.contiguous_format)
 
 
 def decode_fake(

@@ -229,6 +229,13 @@ def choose(
 
 
 @triton.jit
+def weight(unit, PER_BLOCK: tl.constexpr, SPAN: tl.constexpr):
+    """How often the compressed token that starts `unit` strides after a selection block's first token counts for it (eq. 9)."""
+    # The stride units of [unit, unit + SPAN) inside the block, [0, PER_BLOCK).
+    return tl.maximum(tl.minimum(unit + SPAN, PER_BLOCK) - tl.maximum(unit, 0), 0)
+
+
+@triton.jit
 def load_page_rows(
     pages_ptr, table_ptr, row0, last, head, heads, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
 ):
@@ -357,16 +364,10 @@ def decode_compressed_fwd_kernel(
         prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
         place = row[:, None] * blocks + (tile * (BLOCK_N // UNITS) + group)[None, :]
         fits = (tile * (BLOCK_N // UNITS) + group < blocks)[None, :]
-        weight = tl.full([1, 1, UNITS], 2.0, tl.float32)
-        weight = tl.where(unit == 1, 2.0, weight)
-        weight = tl.where(unit == 2, 2.0, weight)
-        weight = tl.where(unit == 3, 1.0, weight)
-        tl.store(sums + 0 * M * blocks + place, tl.sum(prob * weight, 2), mask=fits)
-        weight = tl.full([1, 1, UNITS], 0.0, tl.float32)
-        weight = tl.where(unit == 1, 0.0, weight)
-        weight = tl.where(unit == 2, 0.0, weight)
-        weight = tl.where(unit == 3, 1.0, weight)
-        tl.store(sums + 1 * M * blocks + place, tl.sum(prob * weight, 2), mask=fits)
+        for lag in tl.static_range(LAGS):
+            count = weight(unit - lag * UNITS, UNITS, BLOCK // STRIDE)
+            tl.store(sums + lag * M * blocks + place, tl.sum(prob * count, 2), mask=fits)
+
     column = tl.arange(0, DV)
     part = here * splits + split
     tl.store(part_ptr + (part * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
