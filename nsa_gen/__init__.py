@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         selected_attention,
         sliding_attention,
     )
-    from .serving import nsa_decode
+    from .serving import nsa_decode, nsa_prefill
     from .spec import Spec
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ _HOME = {
     "compressed_attention": "ops",
     "nsa_attention": "ops",
     "nsa_decode": "serving",
+    "nsa_prefill": "serving",
     "override": "kernels",
     "resolve": "kernels",
     "select_blocks": "ops",
@@ -55,7 +56,8 @@ _HOME = {
 
 __all__ = [
     "InputError", "NSAError", "NSAttention", "NotTuned", "PagedKVCache", "Resolution", "Spec", "SpecError", "__version__", "combine",
-    "compress", "compressed_attention", "nsa_attention", "nsa_decode", "override", "resolve", "select_blocks", "selected_attention",
+    "compress", "compressed_attention", "nsa_attention", "nsa_decode", "nsa_prefill", "override", "resolve", "select_blocks",
+    "selected_attention",
     "sliding_attention",
 ]  # fmt: skip
 

@@ -216,7 +216,7 @@ class PagedKVCache:
                 cache is as before.
         """
         given = self._given(k, v)
-        more = self._counts(sequences, given[0][0].shape[0], tokens)
+        more = self.counts(sequences, given[0][0].shape[0], tokens)
         before = {sequence: self._pages.find(sequence).tokens for sequence in more}
         self._extend(more)
         if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
@@ -234,7 +234,7 @@ class PagedKVCache:
         """
         if not 1 <= tokens <= MOST_TOKENS:
             raise InputError(f"tokens must be 1 to {MOST_TOKENS}, got {tokens}")
-        more = self._counts(sequences, tokens * len(sequences), None)
+        more = self.counts(sequences, tokens * len(sequences), None)
         self._extend(more)
 
     def write(self, k: Branches, v: Branches, slots: Tensor) -> None:
@@ -270,9 +270,11 @@ class PagedKVCache:
         number = self.streams.index(stream)
         if None in held.pages[number]:
             raise InputError(f"stream {stream!r} of sequence {sequence} has given its first rows up")
-        rows = self._pages.streams[number].rows(held.tokens)
-        k, v = self._rows(number, [(sequence, 0, rows)])
-        return k, v
+        return self.gather(number, [(sequence, 0, self.rows(sequence, number))])
+
+    def rows(self, sequence: int, stream: int) -> int:
+        """Rows of a stream (by number). Raises ``UnknownSequence``."""
+        return self._pages.streams[stream].rows(self.length(sequence))
 
     # --- parts -------------------------------------------------------------------------------------------------------------------
 
@@ -308,7 +310,8 @@ class PagedKVCache:
             raise InputError(f"k and v must have the same tokens, got {[y.shape[0] for several in found for y in several]}")
         return list(zip(*found, strict=True))
 
-    def _counts(self, sequences: Sequence[int], total: int, tokens: Sequence[int] | None) -> dict[int, int]:
+    def counts(self, sequences: Sequence[int], total: int, tokens: Sequence[int] | None) -> dict[int, int]:
+        """How many of ``total`` tokens each sequence has: as ``tokens`` says, or all as many. Raises ``InputError`` if that cannot be."""
         if len(set(sequences)) != len(sequences):
             raise InputError(f"sequences: each once, got {list(sequences)}")
         if tokens is None:
@@ -333,7 +336,7 @@ class PagedKVCache:
         rows_of = [np.arange(last - first) + limit // g.stride for (_, first, last), limit in zip(new, limits[:-1], strict=True)]
         index = torch.from_numpy(np.concatenate(rows_of)).to(self.device)
         with torch.no_grad():
-            x, y = self._rows(0, reach)
+            x, y = self.gather(0, reach)
             made = (ops.compress(x, self.phi[0], which="k", **where), ops.compress(y, self.phi[1], which="v", **where))
         self._write(number, new, *(x[index] for x in made))
 
@@ -359,8 +362,8 @@ class PagedKVCache:
                 x = (x.float() / scale[:, None]).clamp(-_FP8_MAX, _FP8_MAX).to(FP8)
             _bits(pages)[page, :, row] = _bits(x)
 
-    def _rows(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-        """``[rows,Hkv,D]`` of K and V in ``dtype``."""
+    def gather(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """K and V ``[rows,Hkv,D]`` in ``dtype``: of each ``(sequence, first, last)`` these rows of a stream (by number), which are kept."""
         page, row = self._places(stream, spans)
         k, v = (_bits(pages)[page, :, row].view(self.storage) for pages in (self.k_pages, self.v_pages))
         if self.storage is FP8:

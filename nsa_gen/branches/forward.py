@@ -18,8 +18,9 @@ _At = tuple[str, Tensor, Tensor | None, Shape]
 def inference(
     q: Tensor, k: list[Tensor], v: list[Tensor], g_cmp: Tensor, g_slc: Tensor, g_swa: Tensor, phi_k: list[Tensor], phi_v: list[Tensor],
     k_cmp: Tensor | None, v_cmp: Tensor | None, cu_seqlens: Tensor | None, key: str, batch: int, max_seqlen: int, scale: float,
+    first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """``o [T,Hq,Dv]`` of all branches; ``k``, ``v``: one tensor or three.
+    """``o [R,Hq,Dv]`` of all branches; ``k``, ``v``: one tensor or three. ``q`` and gates are of the packed tokens from ``first`` on.
 
     Queries go chunk after chunk through all branches, so that what is allocated besides the result, ``k_cmp`` and ``v_cmp`` (and copies of
     K and V that kernels cannot read in place) stays below ``paths.workspace_bytes()`` at any length. A chunk has at least
@@ -58,16 +59,16 @@ def inference(
         if size < rows:
             lse, block_indices = lse[:size], block_indices[:size]
         q = ready(q)
-        compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, start, *sequences)
+        compressed(q, k_cmp, v_cmp, o_cmp, lse, scale, first + start, *sequences)
         for i in range(0, size, scored):
             part, some, some_lse, chosen = scores, q, lse, block_indices
             if scored != size:
                 some, some_lse, chosen = (x[i : i + scored] for x in (q, lse, block_indices))
                 part = scores[: size - i]
             if importance is not None:
-                importance(some, k_cmp, some_lse, part, scale, start + i, *sequences)
-            topk(part, chosen, start + i, *sequences)
-        finish(at, q, k_slc, v_slc, k_swa, v_swa, block_indices, o_cmp, gates, lse, scale, left, start, sequences)
+                importance(some, k_cmp, some_lse, part, scale, first + start + i, *sequences)
+            topk(part, chosen, first + start + i, *sequences)
+        finish(at, q, k_slc, v_slc, k_swa, v_swa, block_indices, o_cmp, gates, lse, scale, left, first + start, sequences)
     return o
 
 
