@@ -6,7 +6,7 @@ value of. Attention alone can learn that too, but finds it out much later; compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,7 +91,7 @@ class TokenShift(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + attention(shift(norm(x)))``, then ``x + mlp(norm(x))``."""
+    """``x + attention(shift(norm(x)))``, then ``x + mlp(norm(x))``; another ``attention`` than the block's own may be given."""
 
     def __init__(self, size: Size, attention: nn.Module):
         super().__init__()
@@ -100,8 +100,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(size.width)
         self.up, self.down = nn.Linear(size.width, size.hidden, bias=False), nn.Linear(size.hidden, size.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.shift(self.attention_norm(x)))
+    def forward(self, x: Tensor, attention: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        x = x + (attention or self.attention)(self.shift(self.attention_norm(x)))
         return x + self.down(functional.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         Tokens start small (0.1), so that training soon outgrows them. Features have a bias, the one thing all steps share, from which
         queries and keys can learn distances. Gates and φ stay as ``NSAAttention`` makes them: the mean of the branches and of a block.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.head.weight.device).manual_seed(seed)
         for name, part in self.named_modules():
             if isinstance(part, TokenShift):
                 part.weight.normal_(0, 0.5, generator=generator)

@@ -1,4 +1,4 @@
-"""The command line that the training scripts share."""
+"""The command line that the scripts share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from examples.model import ATTENTIONS, SDPA, working_backend
 from nsa_gen import Spec
 
 
-def parser(description: str | None, out: str) -> argparse.ArgumentParser:
-    """Options of every training script."""
+def base(description: str | None, out: str) -> argparse.ArgumentParser:
+    """Options of every script."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--attention", type=_attentions, default=ATTENTIONS, help="nsa,full (default), nsa or full")
-    made.add_argument("--seeds", type=_numbers, default=[0], help="of weights and batches, e.g. 0,1,2 (default 0)")
-    made.add_argument("--out", type=Path, default=Path(out), help=f"folder of JSON files and checkpoints (default {out})")
-    made.add_argument("--minutes", type=float, help="stop after so many, with a checkpoint")
-    made.add_argument("--resume", action="store_true", help="go on from checkpoints in --out, past finished runs")
-    made.add_argument("--plot", type=Path, metavar="FILE", help="train nothing: draw the JSON files in --out (.png, .svg, .pdf)")
+    made.add_argument("--seeds", type=_numbers, default=[0], help="of weights and data, e.g. 0,1,2 (default 0)")
+    made.add_argument("--out", type=Path, default=Path(out), help=f"folder of the files that are written (default {out})")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="run nothing: draw the JSON files in --out (.png, .svg, .pdf)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--small", action="store_true", help="sizes for a CPU, which takes them in any case")
     made.add_argument("--spec", help="heads and geometry: a name or a file")
     made.add_argument("--width", type=int)
     made.add_argument("--layers", type=int)
+    return made
+
+
+def parser(description: str | None, out: str) -> argparse.ArgumentParser:
+    """Options of every training script."""
+    made = base(description, out)
+    made.add_argument("--minutes", type=float, help="stop after so many, with a checkpoint")
+    made.add_argument("--resume", action="store_true", help="go on from checkpoints in --out, past finished runs")
     made.add_argument("--lr", type=float)
     made.add_argument("--sdpa", choices=tuple(SDPA), help="full attention's kernels on a GPU (default: the first of these that works)")
     made.add_argument("--compile", action="store_true", help="torch.compile each block")

@@ -70,12 +70,42 @@ def series(records: list[Record], path: Path) -> None:
     _write(figure, path)
 
 
+def serving(records: list[Record], path: Path) -> None:
+    """How latencies are spread over requests, of all seeds; and against time, seed by seed, tokens made and requests that run and wait.
+
+    Raises:
+        SystemExit: no runs.
+    """
+    runs = _grouped(records, lambda record: record["config"]["attention"])
+    figure = _figure(17, 4)
+    first, each, rate, load = figure.subplots(1, 4)
+    for attention, group in runs.items():
+        style = {"color": COLOURS[attention], "linewidth": 1.3}
+        for axes, name in ((first, "time_to_first_token"), (each, "time_per_output_token")):
+            values = sorted(row[name] for record in group for row in record["requests"] if row[name] is not None)
+            label = f"{NAMES[attention]}, {len(values)} requests of {_seeds(group)}"
+            axes.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=label, **style)
+        for number, record in enumerate(group):
+            rows = record["timeline"]
+            times = [row["time"] for row in rows]
+            label = NAMES[attention] if not number else None
+            rate.plot(times, [row["output_tokens_per_second"] for row in rows], label=label, **style)
+            for name, dash in (("running", "-"), ("waiting", ":")):
+                load.plot(times, [row[name] for row in rows], dash, label=label and f"{label}, {name}", **style)
+    for axes, title in ((first, "time to first token"), (each, "time per output token, a request's mean")):
+        axes.set(xlabel="seconds", ylabel="share of requests", title=title, ylim=(0, 1.02))
+        axes.set_xscale("log")
+    rate.set(xlabel="seconds", ylabel="tokens a second", title="output")
+    load.set(xlabel="seconds", ylabel="requests", title="requests")
+    _write(figure, path)
+
+
 # --- parts -------------------------------------------------------------------------------------------------------------------------
 
 
 def _grouped(records: list[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
     if not records:
-        sys.exit("no runs there to draw: train first, or name their folder with --out")
+        sys.exit("no runs there to draw: run first, or name their folder with --out")
     found: dict[Any, list[Record]] = {}
     for record in records:
         found.setdefault(key(record), []).append(record)
