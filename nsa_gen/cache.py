@@ -24,6 +24,7 @@ from torch import Tensor
 from . import ops
 from .branches import compression, decode
 from .branches._inputs import DTYPES, SpecLike, geometry_of
+from .config import MOST_TOKENS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
 from .spec import load
@@ -32,8 +33,6 @@ __all__ = ["PagedKVCache"]
 
 #: What K and V may be stored in besides their own dtype, and the largest number it holds.
 FP8 = torch.float8_e4m3fn
-#: New tokens of a sequence that are decoded at a time, at most: one, or what is speculated.
-MOST_TOKENS = 8
 _FP8_MAX = 448.0
 Branches = Tensor | tuple[Tensor, Tensor, Tensor]
 

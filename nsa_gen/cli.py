@@ -242,13 +242,22 @@ def verify(
 def tune(
     spec: Annotated[list[str], typer.Argument(metavar="SPEC...")],
     kernels: Kernels = None,
-    seqlen: Seqlens = None,
+    seqlen: Annotated[
+        list[str] | None,
+        typer.Option("--seqlen", "-n", help="Shapes: 8192, 64k, or BATCHxLENGTH, 32x64k (again for more, or commas)."),
+    ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Candidates a study tries.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Wall-clock time for all of it: 90s, 5m, 2h.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the log of an earlier run.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of tables to write (default: your cache).")] = None,
     varlen: Annotated[bool, typer.Option("--varlen", help="Tune the kernels of cu_seqlens calls instead.")] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Tune the kernels of deterministic calls instead.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Tune the kernels that serve from a KV cache instead.")] = False,
+    kv_dtype: Annotated[
+        str | None, typer.Option("--kv-dtype", help="With --decode: what the cache stores, the spec's dtype (default) or float8_e4m3fn.")
+    ] = None,
+    page_size: Annotated[int | None, typer.Option("--page-size", help="With --decode: rows a page (default 64).")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="With --decode: new tokens of a sequence a step (default 1).")] = None,
     storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage URL several machines share.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -257,11 +266,9 @@ def tune(
     from . import tune as tuner
 
     options: dict[str, Any] = {
-        "varlen": varlen, "deterministic": deterministic, "trials": trials, "budget_s": console.seconds(budget), "out": out,
-        "storage": storage,
+        "varlen": varlen, "deterministic": deterministic, "decode": decode, "kv_dtype": kv_dtype, "page_size": page_size, "tokens": tokens,
+        "trials": trials, "budget_s": console.seconds(budget), "out": out, "storage": storage, "shapes": console.shapes(seqlen) or None,
     }  # fmt: skip
-    if seqlen:
-        options["seqlens"] = console.lengths(seqlen)
     options = {name: value for name, value in options.items() if value is not None}
     chosen = [specs.load(name) for name in spec]
     summary = tuner.run(chosen, kernels=console.kernel_names(kernels), resume=resume, progress=not as_json, **options)

@@ -46,6 +46,10 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
 #: Kernels that a spec alone needs, and those that serve from a KV cache.
 KERNELS = tuple(kernel for kernel, fields in KEY_FIELDS.items() if "page_size" not in fields)
 SERVING = tuple(kernel for kernel, fields in KEY_FIELDS.items() if "page_size" in fields)
+#: What a cache may store besides the spec's dtype.
+FP8 = "float8_e4m3fn"
+#: New tokens of a sequence that are decoded at a time, at most: one, or what is speculated.
+MOST_TOKENS = 8
 
 
 class Cached(NamedTuple):
@@ -62,6 +66,29 @@ class Cached(NamedTuple):
     page_size: int
     tokens: int = 1
     branches: int = 1
+
+
+def cache_of(spec: Spec, storage: str | None = None, page_size: int | None = None, tokens: int = 1) -> Cached:
+    """The cache of a spec.
+
+    Args:
+        storage: the spec's dtype (default), or ``FP8``.
+        page_size: a multiple of the spec's selection block; default 64, or that block if it is longer.
+        tokens: new tokens of each sequence, 1 to ``MOST_TOKENS``.
+
+    Raises:
+        ConfigError: there is no such cache.
+    """
+    block = spec.selection.block
+    storage = storage or spec.dtype
+    size = max(block, 64) if page_size is None else page_size
+    if storage not in (spec.dtype, FP8):
+        raise ConfigError(f"storage of a cache: {allowed(storage, (spec.dtype, FP8))}")
+    if size < 1 or size % block:
+        raise ConfigError(f"page size: got {size}, allowed: multiples of the selection block, {block}")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ConfigError(f"new tokens of a sequence: got {tokens}, allowed: 1 to {MOST_TOKENS}")
+    return Cached(storage, size, tokens, 3 if spec.kv == "per_branch" else 1)
 
 
 class _Named:
@@ -142,7 +169,7 @@ def key_fields(kernel: str) -> tuple[str, ...]:
     try:
         return KEY_FIELDS[kernel]
     except KeyError:
-        raise ConfigError(f"unknown kernel: {allowed(kernel, KERNELS)}") from None
+        raise ConfigError(f"unknown kernel: {allowed(kernel, KEY_FIELDS)}") from None
 
 
 Which = str | int | Cached | None
@@ -152,7 +179,7 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: Which = Non
     """The Problem of ``kernel`` for ``spec``.
 
     Args:
-        kernel: one of ``KERNELS``.
+        kernel: one of ``KERNELS`` or ``SERVING``.
         spec: geometry and dtype.
         varlen: sequences of differing lengths given by ``cu_seqlens``.
         which: one of :func:`variants`; default the first. Of a serving kernel any ``Cached``.
@@ -197,14 +224,17 @@ def problem(kernel: str, spec: Spec, *, varlen: bool = False, which: Which = Non
     return Problem.of(kernel, {name: known[name] for name in key_fields(kernel)})
 
 
-def problems(spec: Spec, *, varlen: bool = False, deterministic: bool | None = None) -> list[Problem]:
+def problems(spec: Spec, *, varlen: bool = False, deterministic: bool | None = None, cached: Cached | None = None) -> list[Problem]:
     """All distinct Problems of a spec (K and V of unequal head dims pool as two).
 
     Args:
         spec: geometry and dtype.
         varlen: sequences of differing lengths.
         deterministic: only kernels that serve such calls; None for all.
+        cached: those of ``SERVING`` for such a cache instead (see :func:`cache_of`).
     """
+    if cached is not None:
+        return [problem(kernel, spec, which=cached) for kernel in SERVING]
     found = [problem(kernel, spec, varlen=varlen, which=which) for kernel in KERNELS for which in variants(kernel, spec)]
     return [p for p in dict.fromkeys(found) if deterministic in (None, p.as_dict().get("deterministic", deterministic))]
 
@@ -222,7 +252,7 @@ def variants(kernel: str, spec: Spec) -> tuple[Which, ...]:
     if "deterministic" in KEY_FIELDS[kernel]:
         return False, True
     if kernel in SERVING:
-        return (Cached(spec.dtype, max(spec.selection.block, 64), branches=3 if spec.kv == "per_branch" else 1),)
+        return (cache_of(spec),)
     return (None,)
 
 

@@ -12,6 +12,8 @@ from .errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from .geometry import TuneShape
+
 
 def emit(data: Any) -> None:
     print(json.dumps(data, indent=1, sort_keys=True, default=str))
@@ -42,13 +44,27 @@ def split(values: Iterable[str] | None) -> list[str]:
 
 
 def lengths(values: Iterable[str] | None) -> list[int]:
+    """``8192`` and ``8k``."""
+    return [_count(text, text, "a positive number, or one with k (64k is 65536)") for text in split(values)]
+
+
+def shapes(values: Iterable[str] | None) -> list[TuneShape]:
+    """``64k``, and ``32x64k``: 32 sequences of as many tokens."""
+    from .geometry import TuneShape
+
     found = []
     for text in split(values):
-        number, factor = (text[:-1], 1024) if text[-1] in "kK" else (text, 1)
-        if not number.isdecimal() or int(number) < 1:
-            raise InputError(f"--seqlen: got {text!r}, allowed: a positive number, or one with k (64k is 65536)")
-        found.append(int(number) * factor)
+        batch, times, seqlen = text.rpartition("x")
+        rule = "positive numbers, LENGTH or BATCHxLENGTH, with or without k (32x64k is 32 sequences of 65536)"
+        found.append(TuneShape(batch=_count(batch if times else "1", text, rule), seqlen=_count(seqlen, text, rule)))
     return found
+
+
+def _count(number: str, text: str, rule: str) -> int:
+    digits, factor = (number[:-1], 1024) if number[-1:] in ("k", "K") else (number, 1)
+    if not digits.isdecimal() or int(digits) < 1:
+        raise InputError(f"--seqlen: got {text!r}, allowed: {rule}")
+    return int(digits) * factor
 
 
 def seconds(text: str | None) -> float | None:

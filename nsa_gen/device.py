@@ -39,6 +39,11 @@ class Device:
     aliases: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
 
+    @property
+    def fp8(self) -> bool:
+        """Whether kernels can read and write ``float8_e4m3fn``: NVIDIA GPUs from sm_89 on, and the interpreter."""
+        return self.backend == "cpu" or (self.backend == "cuda" and int(self.arch[3:]) >= 89)
+
     def triton_target(self) -> Any:
         """The ``triton.backends.compiler.GPUTarget`` to compile for: ``("cuda", 90, 32)``, ``("hip", "gfx942", 64)``.
 

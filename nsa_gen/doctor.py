@@ -11,7 +11,7 @@ from typing import Any
 from . import device as devices
 from . import lookup, paths, table
 from . import spec as specs
-from .config import Shape, problems
+from .config import Shape, cache_of, problems
 from .device import Device
 from .errors import NSAError, TargetError
 from .render import render
@@ -77,7 +77,7 @@ def examine(spec: str, seqlen: int, target: str | None = None) -> Examination:
     resolved_for = devices.from_name(target) if target else here or devices.from_name("interpreter")
     _tables(found, resolved_for)
     section = f"resolution of {chosen.name} at {seqlen} tokens on {resolved_for.slug}"
-    for problem in problems(chosen):
+    for problem in (*problems(chosen), *problems(chosen, cached=cache_of(chosen))):
         try:
             _resolution(found, section, problem, Shape(seqlen, chosen.heads.kv), resolved_for)
         except NSAError as error:

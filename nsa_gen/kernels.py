@@ -19,7 +19,7 @@ import torch
 from . import device as _device
 from . import loader, lookup, space
 from . import spec as _spec
-from .config import Config, Problem, Shape
+from .config import Config, Problem, Shape, Which
 from .config import problem as problem_of
 from .device import Device
 from .errors import CompileError, ConfigError, InputError
@@ -183,18 +183,18 @@ def resolve(
     batch_heads: int | None = None,
     varlen: bool = False,
     device: Device | str | None = None,
-    which: str | int | None = None,
+    which: Which = None,
 ) -> Resolution:
     """Which config serves a kernel of a spec, and why. Compiles nothing.
 
     Args:
-        kernel: one of ``config.KERNELS``.
+        kernel: one of ``config.KERNELS`` or ``config.SERVING``.
         spec: a name in ``specs/``, a path, or a ``Spec``.
         seqlen: tokens of the longest sequence.
         batch_heads: sequences times KV heads; default: one sequence.
         varlen: whether ``cu_seqlens`` is given.
         device: a ``Device``, a slug, alias or arch; default :func:`default_device`.
-        which: one of ``config.variants``, default the first.
+        which: one of ``config.variants``, default the first; of a serving kernel any ``config.Cached``.
 
     Raises:
         SpecError, TargetError, ConfigError: no such spec, device, kernel.

@@ -127,10 +127,13 @@ def resolve(problem: Problem, shape: Shape, device: Device, *, digest_of: Digest
             _log_once(logging.INFO, f"{problem.kernel} on {device.slug}: {found.reason}", problem, device.slug, found.row)
         return found
     if paths.strict():
+        fields = problem.as_dict()
         key = " ".join(f"{name}={value}" for name, value in problem.values)
+        served = {"--kv-dtype": "storage", "--page-size": "page_size", "--tokens": "tokens"} if "page_size" in fields else {}
+        options = "".join([" --decode" if served else "", *(f" {option} {fields[name]}" for option, name in served.items())])
         raise NotTuned(
             f"{problem.kernel} [{key}] at seqlen {shape.seqlen}, batch_heads {shape.batch_heads} has no tuned row on {device.slug} "
-            f"(would take: {found.reason}); tune it with: nsa-gen tune SPEC --kernels {problem.kernel}, or unset NSA_GEN_STRICT"
+            f"(would take: {found.reason}); tune it with: nsa-gen tune SPEC --kernels {problem.kernel}{options}, or unset NSA_GEN_STRICT"
         )
     expected = found.source in ("user cache", "device table") or device.backend == "cpu"
     level = logging.INFO if expected else logging.WARNING

@@ -199,8 +199,8 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         axes = figure.add_subplot(lines, columns, number, title=f"{table.kernel}\n{table.device_slug}", xlabel="sequence length")
         axes.set_xscale("log", base=2)
         axes.axhline(1.0, color="0.6", linewidth=0.8)
-        for problem in dict.fromkeys(row.problem for row in table.rows):
-            mine = sorted((row for row in table.rows if row.problem == problem), key=lambda row: row.seqlen)
+        for line in dict.fromkeys((row.problem, row.batch_heads) for row in table.rows):
+            mine = sorted((row for row in table.rows if (row.problem, row.batch_heads) == line), key=lambda row: row.seqlen)
             axes.plot([row.seqlen[0] for row in mine], [_speedup(row) for row in mine], marker="o", markersize=3)
         axes.set_ylabel("speed-up over default")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Kernels against the float64 reference: every kernel of a spec on edge cases, and the whole operator.
+"""Kernels against the float64 reference: every kernel of a spec, and those that serve from a KV cache, on edge cases; the whole operator.
 
 A case that fails, or raises, is one line of the report; the others still run. Acceptance rules are those of :mod:`nsa_gen.acceptance`:
 at most twice the error of plain PyTorch in the same dtype, equal selections except where scores tie within rounding.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import acceptance, inputs, kernels, ops, reference
 from .acceptance import Check
-from .config import KERNELS, Problem, Shape, key_fields, problem, problems
+from .config import FP8, KERNELS, SERVING, Cached, Problem, Shape, cache_of, key_fields, problem, problems
 from .errors import InputError
 from .spec import Spec, load
 
@@ -99,7 +99,7 @@ def run(
             product is wrong).
         device: default: the current GPU, or the CPU under ``TRITON_INTERPRET=1``.
         seqlens: further lengths, each one sequence. Beyond a few hundred tokens only sampled rows are compared.
-        kernels: only these, of ``config.KERNELS``; ``nsa_attention`` is the whole operator. Default: all.
+        kernels: only these, of ``config.KERNELS`` and ``config.SERVING``; ``nsa_attention`` is the whole operator. Default: all.
         on_result: called after each case.
 
     Raises:
@@ -116,7 +116,7 @@ def run(
     if target.type == "cpu" and spec.dtype == "bfloat16":
         spec = spec.replace(dtype="float32")
     report = Report(spec.name, str(_kernels().device_of(torch.empty(0, device=target)).slug))
-    wanted = tuple(kernels) if kernels else (*KERNELS, WHOLE)
+    wanted = tuple(kernels) if kernels else (*KERNELS, *SERVING, WHOLE)
     for kernel, label, lengths, check in _cases(spec, target, tuple(seqlens)):
         if kernel not in wanted:
             continue
@@ -177,12 +177,33 @@ def _cases(spec: Spec, device: torch.device, extra: tuple[int, ...]) -> Iterator
                 plan += [("given length", (length,), "random", False) for length in extra]
             for label, lengths, kind, strided in plan:
                 yield prob.kernel, label, lengths, _bind(_check_kernel, prob, lengths, kind, device, strided)
+    # The first sequence's newest token completes a compressed one; a sequence has its new tokens at least.
+    first = short if small else 5 * long
+    served = (first - (first - block) % spec.compression.stride, *((1, sel - 1) if small else ragged))
+    for cached in _caches(spec, device):
+        for prob in problems(spec, cached=cached):
+            append, new = prob.kernel == "cache_append", f"{cached.tokens} new, {cached.storage}"
+            if small and append and cached.storage == FP8:
+                continue  # the interpreter rounds 0.99 to 0.5 when it stores fp8
+            for kind in ("random",) if small or append else ("random", "huge", "ties"):
+                label = f"ragged, {new}" + ("" if kind == "random" else f", {kind}")
+                yield prob.kernel, label, served, _bind(_check_kernel, prob, served, kind, device, False)
+            for length in extra:
+                yield prob.kernel, f"given length, {new}", (length,), _bind(_check_kernel, prob, (length,), "random", device, False)
     yield WHOLE, "ragged", ragged, _bind(_check_whole, spec, ragged, device)
     yield WHOLE, "ragged, K/V per branch, odd strides", ragged, _bind(_check_whole, spec, ragged, device, odd=True)
     pair = (sel + 3,) * 2 if small else (1537, 1537)
     yield WHOLE, "batched", pair, _bind(_check_whole, spec, pair, device, batched=True)
     for length in extra:
         yield WHOLE, "given length", (length,), _bind(_check_whole, spec, (length,), device)
+
+
+def _caches(spec: Spec, device: torch.device) -> list[Cached]:
+    """In each storage that the device can, one new token and several; on a CPU not all pairs of them."""
+    fp8 = kernels.device_of(torch.empty(0, device=device)).fp8
+    if device.type == "cpu":
+        return [cache_of(spec), cache_of(spec, FP8, tokens=4)]
+    return [cache_of(spec, storage, tokens=tokens) for storage in (None, *((FP8,) if fp8 else ())) for tokens in (1, 4)]
 
 
 def _bind(check: Callable[..., Check], *args: Any, **kwargs: Any) -> Callable[[], Check]:
@@ -199,9 +220,9 @@ def _check_kernel(prob: Problem, lengths: tuple[int, ...], kind: str, device: to
             contiguous = branch or name in ("scores", "dout") or name.endswith("_add")
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3 and not contiguous:
                 made.tensors[name] = _widened(x, 8)
-    found = kernels.get(prob, Shape(max(lengths, default=0), len(lengths) * heads), kernels.device_of(torch.empty(0, device=device)))
+    found = kernels.get(prob, Shape(made.max_seqlen, len(lengths) * heads), kernels.device_of(torch.empty(0, device=device)))
     made.run(found)
-    queries = inputs.sample_queries(lengths, QUERIES)
+    queries = inputs.sample_queries(made.seqlens, QUERIES)
     if prob.kernel == "importance_fwd" and made.chunks:
         start, stop = made.chunks[-1]
         queries = queries[(queries >= start) & (queries < stop)]

@@ -177,7 +177,7 @@ class Walk(RuleBasedStateMachine):
             for name, (x, y) in zip(made.streams, several, strict=False):
                 number = made.streams.index(name)
                 rows = n - made._pages.streams[number].keep if made._pages.streams[number].keep else 0
-                self.same(made._rows(number, [(s, max(rows, 0), n)]), (x[max(rows, 0) :], y[max(rows, 0) :]))
+                self.same(made.gather(number, [(s, max(rows, 0), n)]), (x[max(rows, 0) :], y[max(rows, 0) :]))
             self.same(made.read(s, "compressed"), compressed(made, *several[0]))
             for number, pages in enumerate(held.pages):
                 there = made.tables[number, held.slot, : len(pages)].tolist()

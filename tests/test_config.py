@@ -7,7 +7,7 @@ from hypothesis import given
 from test_spec import specs
 
 from nsa_gen import config
-from nsa_gen.config import KERNELS
+from nsa_gen.config import FP8, KERNELS, SERVING, Cached
 from nsa_gen.errors import ConfigError
 from nsa_gen.spec import load
 
@@ -78,3 +78,32 @@ def test_problems_are_the_variants_of_every_kernel(spec):
             assert config.problem(kernel, spec, varlen=True, which=which) in found
     listed = spec.selection.count - spec.selection.initial - spec.selection.local
     assert all(p.parts in (1, listed) and p.parts <= listed for p in found if p.kernel == "sliding_merge_fwd")
+
+
+def test_the_cache_of_a_spec():
+    assert config.cache_of(PAPER) == Cached("bfloat16", 64, 1, 3)
+    assert config.cache_of(load("tiny"), FP8, 48, 8) == Cached(FP8, 48, 8, 1)
+    assert config.cache_of(PAPER.replace(selection={"block": 128})).page_size == 128
+    for arguments, why in (
+        (("float16",), "storage of a cache: got 'float16', allowed: bfloat16, float8_e4m3fn"),
+        ((None, 96), "page size: got 96, allowed: multiples of the selection block, 64"),
+        ((None, 0), "page size: got 0"),
+        ((None, None, 0), "got 0, allowed: 1 to 8"),
+        ((None, None, 9), "got 9, allowed: 1 to 8"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            config.cache_of(PAPER, *arguments)
+
+
+@given(specs())
+def test_problems_of_a_cache_are_those_that_serve(spec):
+    """A page holds whole blocks; nothing but the cache tells the problems of two from one another."""
+    one, other = config.cache_of(spec), config.cache_of(spec, FP8, tokens=3)
+    assert one.page_size >= 64 and one.page_size % spec.selection.block == 0
+    assert [p.kernel for p in config.problems(spec, cached=one)] == list(SERVING)
+    for kernel, p, q in zip(SERVING, config.problems(spec, cached=one), config.problems(spec, cached=other), strict=True):
+        assert p == config.problem(kernel, spec) == config.problem(kernel, spec, which=config.variants(kernel, spec)[0])
+        assert q == config.problem(kernel, spec, which=other)
+        assert {name for name, value in p.values if q[name] != value} == {"storage", "tokens"}
+    with pytest.raises(ConfigError, match="cache_append"):
+        config.key_fields("cache_appends")

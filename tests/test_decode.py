@@ -18,6 +18,7 @@ FP8 = "float8_e4m3fn"
 KEY = {
     "dtype": "float32", "storage": "float32", "group": 2, "head_dim_qk": 16, "head_dim_v": 32, "block": 8, "stride": 4,
     "selection_block": 16, "count": 4, "initial": 1, "local": 1, "mapping": "overlap", "window": 24, "page_size": 16, "tokens": 1,
+    "pooling": "mean", "hidden": 0, "hidden_v": 0, "branches": 1,
 }  # fmt: skip
 KERNELS = ("decode_compressed_fwd", "decode_merge_fwd")
 #: Lengths at which a block, a stride, a window, a page begins or ends.
@@ -144,6 +145,22 @@ def test_again_on_the_same_counters(kernel):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@runs
+@pytest.mark.parametrize(
+    ("pooling", "branches", "tokens", "storage"),
+    [
+        ("mean", 1, 1, "float32"), ("weighted", 3, 5, "float16"), ("linear", 1, 2, "float32"), ("mlp", 3, 2, "float32"),
+        pytest.param("mean", 3, 8, FP8, marks=pytest.mark.gpu),  # the interpreter rounds 0.99 to 0.5 when it stores fp8
+        pytest.param("mlp", 1, 3, FP8, marks=pytest.mark.gpu),
+    ],
+)  # fmt: skip
+def test_new_tokens_are_stored_and_pooled(pooling, branches, tokens, storage):
+    dtype = "float16" if storage == FP8 else storage
+    hidden = {"hidden": 16, "hidden_v": 48} if pooling == "mlp" else {}
+    p = problem("cache_append", pooling=pooling, branches=branches, tokens=tokens, dtype=dtype, storage=storage, **hidden)
+    held(p, built(p), (1, 7, 8, 9, 12, 33, 64), heads=2)
+
+
 @pytest.mark.parametrize(
     ("kernel", "changes", "why"),
     [
@@ -191,26 +208,15 @@ for kernel in ("decode_compressed_fwd", "decode_merge_fwd"):
         case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")
         resources = loader.compile_all(lambda: case.run(module(p, space.default(p, arch))), there.triton_target())
         found += [[r.name, r.shared, (r.spills or 0) * ("tokens" not in changes)] for r in resources]
-import torch
-from nsa_gen import config, render
+from nsa_gen import config
 from nsa_gen.spec import load
-
-def empty(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 few = "bfloat16" if arch == "sm_80" else FP8  # which has no e4m3
 for name, storage, tokens in (("gqa16-d128", "bfloat16", 1), ("nsa-paper", few, 4)):
     spec = load(name)
-    branches = 3 if spec.kv == "per_branch" else 1
-    p = config.problem("cache_append", spec, which=config.Cached(storage, 64, tokens, branches))
-    made, dims = module(p, space.default(p, arch)), (p.head_dim_qk, p.head_dim_v)
-    k, v = ([empty(8 * tokens, 4, dim)] * branches for dim in dims)
-    pages = [empty(99, 4, 64, dim, dtype=getattr(torch, storage)) for dim in dims]
-    f32, i32 = {"dtype": torch.float32}, {"dtype": torch.int32}
-    scales = [empty(branches + 1, 4, **f32)] * 2 if storage == FP8 else [None] * 2
-    phi = [[empty(4, 9)] * (5 if p.pooling == "mlp" else 0)] * 2
-    where = empty(branches + 1, 16, 100, **i32), *scales, empty(8, **i32), empty(16, **i32)
-    resources = loader.compile_all(lambda: made.cache_append(k, v, *pages, *where, *phi), there.triton_target())
+    p = config.problem("cache_append", spec, which=config.cache_of(spec, storage, tokens=tokens))
+    case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")
+    resources = loader.compile_all(lambda: case.run(module(p, space.default(p, arch))), there.triton_target())
     found += [[r.name, r.shared, r.spills or 0] for r in resources]
 print(json.dumps([there.shared_bytes, found]))
 """

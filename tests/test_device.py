@@ -109,6 +109,10 @@ def test_arches_are_targets_of_their_own():
         assert {(found.backend, found.warp_size)} == {(d.backend, d.warp_size) for d in kin}
 
 
+def test_who_reads_fp8():
+    assert {arch for arch in arches() if from_name(arch).fp8} == {"sm_89", "sm_90", "sm_100", "sm_120"} and INTERPRETER.fp8
+
+
 def test_fallbacks_are_known_and_never_cross_vendors():
     slugs = {d.slug: d for d in devices()}
     for found in (*devices(), *map(from_name, arches())):

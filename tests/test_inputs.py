@@ -308,6 +308,48 @@ def test_sample_queries():
     assert len(inputs.sample_queries((64,) * 1000, 100)) <= 102
 
 
+def write_sampled(case: inputs.Case, queries: torch.Tensor) -> None:
+    """The reference's rows where ``queries`` are, and where the keys are that go with them; 0 elsewhere."""
+    call, found = inputs.CALLS[case.problem.kernel], case.expected(queries, torch.float32)
+    for name, out in case.outputs.items():
+        rows = found[name].to(out.dtype)
+        out.zero_()
+        if rows.shape == out.shape:
+            out.copy_(rows)
+        elif name == "scores":
+            out[queries, :, : rows.shape[2]] = rows
+        else:
+            of_keys = name != "dq" and hasattr(call, "key_rows")
+            out[call.key_rows(case, queries) if of_keys else queries] = rows
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sampled_rows_are_enough(kernel):
+    case = make(kernel)
+    queries = inputs.sample_queries(SEQLENS, 40)
+    write_sampled(case, queries)
+    check = case.check(queries)
+    assert check.ok, check.message
+    next(iter(case.outputs.values())).zero_()
+    assert not case.check(queries).ok
+
+
+def test_a_case_moves_with_all_it_has():
+    for kernel in KERNELS:
+        case = make(kernel)
+        moved = case.to("meta")
+        alike = make(kernel, device="meta")
+        assert moved.device.type == "meta" and case.device.type == "cpu" and list(moved.tensors) == list(case.tensors)
+        for name, x in (moved.tensors | moved.outputs).items():
+            other = (alike.tensors | alike.outputs)[name]
+            several = zip(x, other, strict=True) if isinstance(x, tuple | list) else [(x, other)]
+            for mine, wanted in several:
+                assert type(mine) is type(wanted), name
+                if isinstance(mine, torch.Tensor):
+                    assert mine.is_meta and (mine.shape, mine.dtype, mine.stride()) == (wanted.shape, wanted.dtype, wanted.stride()), name
+        assert all(not x.is_meta for x in case.outputs.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_long_cases_on_a_gpu(kernel):
@@ -315,16 +357,8 @@ def test_long_cases_on_a_gpu(kernel):
     long = {"block": 32, "stride": 16, "selection_block": 64, "count": 16, "window": 512, "head_dim_qk": 128, "head_dim_v": 128}
     torch.cuda.reset_peak_memory_stats()
     case = make(kernel, dtype="bfloat16", group=16, seqlens=(65536,), heads_kv=4, device="cuda", **long)
-    queries = inputs.sample_queries((65536,), 64)
-    for name, out in case.outputs.items():
-        rows = case.expected(queries, torch.float32)[name].to(out.dtype)
-        out.zero_()
-        if rows.shape == out.shape:
-            out.copy_(rows)
-        elif kernel == "importance_fwd":
-            out[queries.cuda(), :, : rows.shape[2]] = rows
-        else:
-            out[queries.cuda()] = rows
+    queries = inputs.sample_queries((65536,), 64).cuda()
+    write_sampled(case, queries)
     check = case.check(queries)
     assert check.ok, check.message
     assert torch.cuda.max_memory_allocated() < 40 * 2**30

@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsa_gen import lookup, space, table
-from nsa_gen.config import Config, Problem, Shape
+from nsa_gen.config import FP8, Config, Problem, Shape, cache_of
+from nsa_gen.config import problem as problem_of
 from nsa_gen.device import Device, from_name
 from nsa_gen.errors import ConfigError, NotTuned
 from nsa_gen.lookup import Resolution, override, resolve
 from nsa_gen.row import Row
 from nsa_gen.space import Knob, Space
+from nsa_gen.spec import load
 from nsa_gen.table import Table
 
 KERNEL = "sliding_attention_fwd"
@@ -252,6 +254,9 @@ def test_strict_raises_below_exact_and_names_key_and_command(monkeypatch):
         assert f"nsa-gen tune SPEC --kernels {KERNEL}" in text and "\n" not in text
         with override(config(16)):
             assert resolve(key, shape, GPU).config == config(16)
+    served = problem_of("decode_merge_fwd", load("tiny"), which=cache_of(load("tiny"), FP8, 32, 4))
+    with pytest.raises(NotTuned, match="--kernels decode_merge_fwd --decode --kv-dtype float8_e4m3fn --page-size 32 --tokens 4, or"):
+        resolve(served, SHAPE, GPU)
     monkeypatch.setenv("NSA_GEN_STRICT", "0")
     assert resolve(problem(window=256), SHAPE, GPU).source == "default"
 

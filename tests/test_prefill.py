@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from gradient_cases import DEVICE, runs
@@ -33,7 +35,7 @@ def test_chunks_are_all_at_once_and_tokens_follow(kv):
     o, _ = stream.trained()
     cache = stream.cache(rewind=0)
     s, limits = cache.create(), (0, 1, 9, 47, WHOLE)
-    for first, last in zip(limits, limits[1:], strict=False):
+    for first, last in pairwise(limits):
         torch.testing.assert_close(prefill(stream, cache, s, first, last), o[first:last], rtol=1e-4, atol=1e-5)
     for first in range(WHOLE, WHOLE + 2):
         cache.append([s], *stream.part(first, first + 1))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
+from gradient_cases import DEVICE
 
 from nsa_gen import InputError, kernels, verify
-from nsa_gen.config import KERNELS
+from nsa_gen.config import FP8, KERNELS, SERVING
 from nsa_gen.errors import ConfigError
 
 
@@ -31,6 +33,33 @@ def test_the_whole_operator_is_right():
     assert len(report.results) == 3
 
 
+def test_kernels_that_serve_are_right():
+    report = verify.run("tiny", kernels=SERVING, seqlens=[50])
+    assert report.ok, [(r.kernel, r.case, r.message) for r in report.results if not r.ok]
+    seen = {(r.kernel, r.case) for r in report.results}
+    storages = ("float32", FP8) if DEVICE == "cpu" or kernels.default_device().fp8 else ("float32",)
+    for kernel, (tokens, storage) in itertools.product(SERVING, zip((1, 4), storages, strict=False)):
+        ran = {f"ragged, {tokens} new, {storage}", f"given length, {tokens} new, {storage}"} <= {
+            case for name, case in seen if name == kernel
+        }
+        assert ran == (DEVICE == "cuda" or kernel != "cache_append" or storage != FP8), (kernel, storage)
+
+
+def test_a_wrong_cache_or_choice_is_found(monkeypatch):
+    def other_block(q, k_pages, v_pages, k_scale, table, slots, lengths, arrived, block_indices, *rest):
+        block_indices[0, 0, 0, 1] += 1
+
+    def lost_row(k, v, k_pages, v_pages, tables, k_scale, v_scale, slots, lengths, *rest):
+        row = int(lengths[slots[0]]) - 1
+        k_pages[tables[0, slots[0], row // k_pages.shape[2]], :, row % k_pages.shape[2]] = 0.0
+
+    for kernel, spoil, said in (("decode_compressed_fwd", other_block, "block_indices"), ("cache_append", lost_row, "k0: ")):
+        with monkeypatch.context() as patch:
+            _break(patch, kernel, spoil)
+            report = verify.run("tiny", kernels=[kernel])
+            assert not report.ok and all(said in r.message for r in report.results if not r.ok), report.results
+
+
 def test_backward_kernels_read_by_stride(monkeypatch):
     """Of what they may not, addends and branches' outputs, nothing is made strided."""
     cases = verify._cases
@@ -49,8 +78,9 @@ def _break(monkeypatch: pytest.MonkeyPatch, name: str, spoil) -> None:
 
         def __getattr__(self, attribute):
             def run(*args):
-                getattr(self.kernel, attribute)(*args)
+                made = getattr(self.kernel, attribute)(*args)
                 spoil(*args)
+                return made
 
             return run
 

@@ -252,7 +252,8 @@ class _CompressBackward(Call):
         dout = values.normal(reference.compressed_rows(case.total, p.stride), *shape)
         if values.real:
             dout[gap_rows(case)] = torch.nan
-        case.tensors |= {"x": values.normal(case.total, *shape), "weights": phi_weights(case, values), "dout": dout}
+        case.tensors |= {"x": values.normal(case.total, *shape), "dout": dout}
+        case.tensors["weights"] = phi_weights(case, values, p.head_dim, p.hidden)
         case.tensors["dx_add"] = values.normal(case.total, *shape)
         case.outputs["dx"] = values.empty(case.total, *shape)
         for i, weight in enumerate(case.tensors["weights"]):

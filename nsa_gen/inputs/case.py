@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,11 @@ class Call:
     def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
         """Make the arguments and outputs."""
         raise TypeError(f"{type(self).__name__} builds no arguments")
+
+    def poison(self, case: Case) -> None:
+        """Fill the outputs with values no kernel writes."""
+        for out in case.outputs.values():
+            out.fill_(torch.nan if out.is_floating_point() else -7)
 
     def run(self, case: Case, host: Any) -> None:
         """Call the host function."""
@@ -94,9 +99,19 @@ class Case:
         return getattr(torch, self.problem.as_dict().get("dtype", "float32"))
 
     def poison(self) -> None:
-        """Fill the outputs with values no kernel writes."""
-        for out in self.outputs.values():
-            out.fill_(torch.nan if out.is_floating_point() else -7)
+        """Fill the outputs with values no kernel writes, and set right what a kernel that failed may have left behind."""
+        CALLS[self.problem.kernel].poison(self)
+
+    def to(self, device: str | torch.device) -> Case:
+        """The same case on another device."""
+
+        def moved(x: Any) -> Any:
+            if isinstance(x, tuple | list):
+                return type(x)(moved(y) for y in x)
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        tensors, outputs = ({name: moved(x) for name, x in given.items()} for given in (self.tensors, self.outputs))
+        return replace(self, device=torch.device(device), tensors=tensors, outputs=outputs)
 
     def run(self, module: ModuleType) -> None:
         """Call the kernel's host function of a rendered module (any object with that attribute)."""
@@ -138,7 +153,9 @@ class Case:
         return CALLS[self.problem.kernel].flops(self)
 
     def bytes(self) -> int:
-        """Compulsory traffic of the call: each input read once, each output written once, undefined score columns left out."""
+        """Compulsory traffic of the call: each input read once, each output written once, undefined score columns left out. Of kernels that
+        serve from a cache, which read a part of it, this is no measure.
+        """
         size = 0
         for name, value in (self.tensors | self.outputs).items():
             for x in value if isinstance(value, tuple) else (value,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,44 +12,86 @@ from .. import reference
 from ..acceptance import Check, check_floats, selection_agrees
 from ..config import Problem
 from ..values import Values
-from .case import Call, Case
+from .case import Call, Case, positions
+from .forward import phi_flops, phi_weights
 
 #: What fp8 numbers of these cases are multiplied by.
 _SCALE = 1 / 64
+#: First and end row, in a stream, of some sequences (by number).
+_Spans = dict[int, tuple[int, int]]
 
 
 def _storage(case: Case) -> torch.dtype:
     return getattr(torch, case.problem.storage)
 
 
-def _paged(case: Case, values: Values, rows: list[int], streams: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Put rows of K and V into pages; the table of each stream. ``rows``: of each sequence; ``streams``: these rows packed."""
-    p, heads, size = case.problem, case.heads_kv, case.problem.page_size
-    each = [-(-n // size) for n in rows]
-    slots, width = len(rows) + 1, max(*each, 1) + 1
-    total = len(streams) * sum(each) + 1
-    dims = p.head_dim_qk, p.head_dim_v
-    pages = [values.empty(total, heads, size, dim, dtype=_storage(case)) for dim in dims]
-    tables = [values.empty(slots, width, dtype=torch.int32) for _ in streams]
-    case.tensors |= {"k_pages": pages[0], "v_pages": pages[1]}
-    if not values.real:
-        return tables
-    for x in pages:
-        x.fill_(torch.nan) if x.element_size() > 1 else x.view(torch.uint8).fill_(0x7F)  # e4m3's NaN
-    order = torch.randperm(total, generator=values.generator, device=case.device).tolist()
-    slot_of = case.tensors["slots"].tolist()
-    for table, kv in zip(tables, streams, strict=True):
-        table.fill_(order[-1])  # a page that nobody holds
-        start = 0
-        for slot, n, count in zip(slot_of, rows, each, strict=True):
-            for i in range(count):
-                page = order.pop(0)
-                table[slot, i] = page
-                here = slice(start + i * size, start + min((i + 1) * size, n))
-                for x, y in zip(pages, kv, strict=True):
-                    x[page, :, : here.stop - here.start] = y[here].transpose(0, 1)
-            start += n
-    return tables
+def _fp8(case: Case) -> bool:
+    return _storage(case) is not case.dtype
+
+
+def _bits(x: Tensor) -> Tensor:
+    """fp8 as bytes: torch does not index fp8 tensors."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def _stored(case: Case, x: Tensor) -> Tensor:
+    """As the cache stores it."""
+    if not _fp8(case):
+        return x
+    return x.to(torch.float32, copy=True).div_(_SCALE).clamp_(-448, 448).to(_storage(case))
+
+
+def _read(case: Case, x: Tensor) -> Tensor:
+    """As it counts."""
+    return x.float() * _SCALE if _fp8(case) else x
+
+
+def _spread(spans: _Spans, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of all rows in ``spans``, one sequence after the other: the sequence's number, and the row's in it."""
+    number, first, end = torch.tensor([(n, *span) for n, span in spans.items()], dtype=torch.long).view(-1, 3).T
+    count = (end - first).clamp(min=0)
+    each = torch.arange(len(count)).repeat_interleave(count)
+    return number[each].to(device), (positions(count.tolist()) + first[each]).to(device)
+
+
+def _paged(case: Case, values: Values, streams: Sequence[_Spans]) -> tuple[list[Tensor], list[Tensor]]:
+    """Pages of K and V with room for these rows, NaN all over, and each stream's table: where no row is it names a page of nobody's."""
+    p, size = case.problem, case.problem.page_size
+    held = [{n: (first // size, -(-end // size)) if end > first else (0, 0) for n, (first, end) in rows.items()} for rows in streams]
+    total = sum(end - first for rows in held for first, end in rows.values()) + 1
+    width = max((end for rows in held for _, end in rows.values()), default=0) + 1
+    pages = [values.empty(total, case.heads_kv, size, dim, dtype=_storage(case)) for dim in (p.head_dim_qk, p.head_dim_v)]
+    tables = [values.empty(len(case.seqlens) + 1, width, dtype=torch.int32) for _ in streams]
+    if values.real:
+        for x in pages:
+            _bits(x).fill_(0x7F if x.element_size() == 1 else torch.nan)  # e4m3's NaN
+        order = torch.randperm(total, generator=values.generator, device=case.device).to(torch.int32)
+        for table, rows in zip(tables, held, strict=True):
+            table.fill_(order[-1])
+            number, column = _spread(rows, case.device)
+            table[case.tensors["slots"].long()[number], column] = order[: len(column)]
+            order = order[len(column) :]
+    return pages, tables
+
+
+def _places(case: Case, table: Tensor, rows: _Spans) -> tuple[Tensor, Tensor]:
+    """The page of each row, and where in it."""
+    number, row = _spread(rows, case.device)
+    size = case.problem.page_size
+    return table[case.tensors["slots"].long()[number], row // size].long(), row % size
+
+
+def _write(case: Case, pages: Sequence[Tensor], table: Tensor, rows: _Spans, kv: Sequence[Tensor]) -> None:
+    """Store rows of K and V, ``[rows,Hkv,D]``."""
+    page, row = _places(case, table, rows)
+    for x, given in zip(pages, kv, strict=True):
+        _bits(x)[page, :, row] = _bits(_stored(case, given))
+
+
+def _rows(case: Case, pages: Sequence[Tensor], table: Tensor, rows: _Spans) -> list[Tensor]:
+    """Rows of K and V as they are stored."""
+    page, row = _places(case, table, rows)
+    return [_bits(x)[page, :, row].view(x.dtype) for x in pages]
 
 
 def _begin(case: Case, values: Values) -> None:
@@ -57,56 +100,59 @@ def _begin(case: Case, values: Values) -> None:
     case.seqlens = tuple(max(n, case.problem.tokens) for n in case.seqlens)
     slots = torch.randperm(count + 1, generator=values.generator, device=case.device)[:count] if values.real else values.empty(count)
     lengths = values.empty(count + 1, dtype=torch.int32)
-    case.tensors |= {"slots": slots.to(torch.int32), "lengths": lengths, "scale": case.problem.head_dim_qk**-0.5}
-    case.tensors["arrived"] = values.empty(count * case.heads_kv * case.problem.tokens, dtype=torch.int32)
+    case.tensors |= {"slots": slots.to(torch.int32), "lengths": lengths}
     if values.real:
-        case.tensors["arrived"].zero_()
         lengths.fill_(-1)
         lengths[slots] = torch.tensor(case.seqlens, dtype=torch.int32, device=case.device)
 
 
-def _stored(case: Case, x: Tensor) -> Tensor:
-    """As the cache stores it."""
-    return (x.float() / _SCALE).clamp(-448, 448).to(_storage(case)) if _storage(case) is not case.dtype else x
-
-
-def _read(case: Case, x: Tensor) -> Tensor:
-    """As it counts."""
-    return x.float() * _SCALE if _storage(case) is not case.dtype else x
-
-
-def _queries(case: Case, values: Values, k_rows: int) -> tuple[Tensor, Tensor]:
-    """``q [S,tokens,Hq,Dqk]`` and keys ``[k_rows,Hkv,Dqk]`` of the case's kind."""
-    p = case.problem
-    q, k = values.q_k(len(case.seqlens) * p.tokens, case.heads_kv, p.group, k_rows, p.head_dim_qk)
-    return q.view(len(case.seqlens), p.tokens, case.heads_query, p.head_dim_qk), k
-
-
 def _scales(case: Case, *shape: int) -> Tensor | None:
-    if _storage(case) is case.dtype:
-        return None
-    return torch.full(shape, _SCALE, dtype=torch.float32, device=case.device)
+    return torch.full(shape, _SCALE, dtype=torch.float32, device=case.device) if _fp8(case) else None
 
 
-class _Sequence:
-    """One sequence of a case as the reference wants it: queries for all its tokens, of which the last are the new ones."""
+class _Decode(Call):
+    """New tokens, each of which is the last one of a sequence of its own to the reference."""
 
-    def __init__(self, case: Case, number: int):
-        p, self.length = case.problem, case.seqlens[number]
-        self.new = torch.arange(self.length - p.tokens, self.length, device=case.device)
-        q = case.tensors["q"][number]
-        self.q = q.new_zeros(self.length, *q.shape[1:]).index_copy(0, self.new, q)
+    def queries(self, case: Case, values: Values, k_rows: int) -> Tensor:
+        """Make ``q [S,tokens,Hq,Dqk]``, and counters of who has arrived; gives keys ``[k_rows,Hkv,Dqk]`` of the case's kind."""
+        p, count = case.problem, len(case.seqlens)
+        q, k = values.q_k(count * p.tokens, case.heads_kv, p.group, k_rows, p.head_dim_qk)
+        arrived = values.empty(count * case.heads_kv * p.tokens, dtype=torch.int32)
+        case.tensors |= {"q": q.view(count, p.tokens, *q.shape[1:]), "arrived": arrived, "scale": p.head_dim_qk**-0.5}
+        return k
+
+    def poison(self, case: Case) -> None:
+        super().poison(case)
+        case.tensors["arrived"].zero_()
+
+    def positions(self, case: Case) -> Tensor:
+        """Of the new tokens in their sequences, ``[S*tokens]``."""
+        last = torch.tensor(case.seqlens, device=case.device) - 1
+        return (last[:, None] - torch.arange(case.problem.tokens - 1, -1, -1, device=case.device)).flatten()
+
+    def alone(self, case: Case, number: int, token: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+        """A new token's query, repeated (in no memory) for all tokens up to it, and the reference's arguments that ask for the last one."""
+        position = case.seqlens[number] - case.problem.tokens + token
+        q = case.tensors["q"][number, token].expand(position + 1, -1, -1)
+        where = torch.tensor([position], device=case.device)
+        return q, {"scale": case.tensors["scale"], "queries": where, "dtype": dtype}
+
+    def at_rest(self, case: Case, found: Check) -> Check:
+        """``found``, unless a counter was left where the next call would be wrong."""
+        return Check(False, found.errors, "arrived is not 0 again") if bool(case.tensors["arrived"].any()) else found
 
 
-class _DecodeCompressed(Call):
+class _DecodeCompressed(_Decode):
     def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
         p = case.problem
         _begin(case, values)
-        rows = [reference.compressed_count(n, p.block, p.stride) for n in case.seqlens]
-        q, k = _queries(case, values, sum(rows))
-        k, v = _stored(case, k), _stored(case, values.normal(sum(rows), case.heads_kv, p.head_dim_v))
-        case.tensors |= {"q": q, "k_scale": _scales(case, case.heads_kv), "rows": (k, v)}
-        (case.tensors["table"],) = _paged(case, values, rows, [(k, v)])
+        rows = {number: (0, reference.compressed_count(n, p.block, p.stride)) for number, n in enumerate(case.seqlens)}
+        total = sum(end for _, end in rows.values())
+        k = self.queries(case, values, total)
+        pages, (table,) = _paged(case, values, [rows])
+        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "k_scale": _scales(case, case.heads_kv), "table": table}
+        if values.real:
+            _write(case, pages, table, rows, (k, values.normal(total, case.heads_kv, p.head_dim_v)))
         case.outputs["block_indices"] = values.empty(len(case.seqlens), p.tokens, case.heads_kv, p.count, dtype=torch.int32)
 
     def run(self, case: Case, host: Any) -> None:
@@ -117,36 +163,33 @@ class _DecodeCompressed(Call):
         )  # fmt: skip
 
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """``o [S*tokens,Hq,Dv]`` of the compressed branch, but for the factor on values; and the ``scores`` that choose."""
-        p, t, found, first = case.problem, case.tensors, [], 0
+        """``o [S*tokens,Hq,Dv]`` of the compressed branch, but for the factor on values; its ``lse``, and the ``scores`` that choose."""
+        p, t, found = case.problem, case.tensors, []
+        blocks = -(-case.max_seqlen // p.selection_block)
         for number, length in enumerate(case.seqlens):
-            at, count = _Sequence(case, number), reference.compressed_count(length, p.block, p.stride)
-            k, v = (x[first : first + count] for x in t["rows"])
-            k, v = _read(case, k), v.float() if _storage(case) is not case.dtype else v
-            first += count
-            if not count:  # as reference.compress lays nothing out
-                k, v = k.new_zeros(1, *k.shape[1:]), v.new_zeros(1, *v.shape[1:])
-            where = {"scale": t["scale"], "queries": at.new, "dtype": dtype}
-            o, lse = reference.compressed_attention(at.q, k, v, p.block, p.stride, **where)
-            spread = lse.new_zeros(length, lse.shape[1]).index_copy(0, at.new, lse)
-            scores = reference.importance(at.q, k, spread, p.block, p.stride, p.selection_block, p.mapping, **where)
-            found.append((o, scores, lse))
-        return {"o": torch.cat([o for o, _, _ in found]), "scores": [s for _, s, _ in found], "lse": torch.cat([x for _, _, x in found])}  # type: ignore[dict-item]
+            rows = {number: (0, reference.compressed_count(length, p.block, p.stride))}
+            k, v = _rows(case, (t["k_pages"], t["v_pages"]), t["table"], rows)
+            k, v = _read(case, k), v.float() if _fp8(case) else v
+            for token in range(p.tokens):
+                q, how = self.alone(case, number, token, dtype)
+                o, lse = reference.compressed_attention(q, k, v, p.block, p.stride, **how)
+                everywhere = lse.expand(len(q), -1)
+                scores = reference.importance(q, k, everywhere, p.block, p.stride, p.selection_block, p.mapping, **how)
+                found.append((o, lse, torch.nn.functional.pad(scores, (0, blocks - scores.shape[2]))))
+        return dict(zip(("o", "lse", "scores"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
     def check(self, case: Case, queries: Tensor | None) -> Check:
+        block_indices = case.outputs["block_indices"]
+        unwritten = int((block_indices == -7).sum())
+        if unwritten:
+            return Check(False, {}, f"block_indices: {unwritten} elements were not written")
         wanted, eager = case.expected(), case.expected(None, case.dtype)
-        part, stat = case.tensors["made"]
-        outputs = {"o": _together(case, part, stat).to(case.dtype)}
-        found = check_floats({"o": wanted["o"]}, {"o": eager["o"]}, outputs, None)
-        if bool(case.tensors["arrived"].any()):
-            return Check(False, found.errors, "arrived is not 0 again")
+        outputs = {"o": _together(case, *case.tensors["made"]).to(case.dtype)}
+        found = self.at_rest(case, check_floats({"o": wanted["o"]}, {"o": eager["o"]}, outputs, None))
         seen = wanted["lse"][wanted["lse"].isfinite()]
         rtol = 2e-4 + 3.2e-5 * (float(seen.abs().max()) if len(seen) else 0.0)
-        topk = _topk(case.problem)
-        for number, scores in enumerate(wanted["scores"]):
-            position = _Sequence(case, number).new
-            if not selection_agrees(case.outputs["block_indices"][number], scores, topk, rtol, position):
-                return Check(False, found.errors, f"block_indices of sequence {number} differ by more than ties within {rtol:.1e}")
+        if not selection_agrees(block_indices.flatten(0, 1), wanted["scores"], _topk(case.problem), rtol, self.positions(case)):
+            return Check(False, found.errors, f"block_indices differ by more than ties within {rtol:.1e}")
         return found
 
     def flops(self, case: Case) -> int:
@@ -172,29 +215,34 @@ def _together(case: Case, part: Tensor, stat: Tensor) -> Tensor:
     return o.reshape(-1, case.heads_query, o.shape[-1])
 
 
-class _DecodeMerge(Call):
-    """``branches``: whether selected and sliding attention have K and V of their own: one code serves both."""
+class _DecodeMerge(_Decode):
+    """Selected and sliding attention have pages of their own, as where K and V are per branch: one code serves both."""
 
     def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
-        p, count, splits = case.problem, len(case.seqlens), 3
+        p, count = case.problem, len(case.seqlens)
         _begin(case, values)
-        q, k = _queries(case, values, case.total)
-        both = [(_stored(case, x), _stored(case, values.normal(case.total, case.heads_kv, p.head_dim_v))) for x in (k, k.flip(-1))]
-        case.tensors |= {"q": q, "k_scale": _scales(case, 2, case.heads_kv), "v_scale": _scales(case, 2, case.heads_kv)}
-        case.tensors |= {"cmp_scale": _scales(case, case.heads_kv), "rows": (*both[0], *both[1])}
-        case.tensors["tables"] = tuple(_paged(case, values, list(case.seqlens), both))
-        rows = max(16, 1 << (p.group * p.tokens - 1).bit_length())
-        part = values.uniform(count, case.heads_kv, splits, rows, p.head_dim_v)
-        stat = values.uniform(count, case.heads_kv, splits, 2, rows)
+        rows = {number: (0, n) for number, n in enumerate(case.seqlens)}
+        k = self.queries(case, values, case.total)
+        pages, tables = _paged(case, values, [rows, rows])
+        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "tables": tuple(tables), "cmp_scale": _scales(case, case.heads_kv)}
+        case.tensors |= {"k_scale": _scales(case, 2, case.heads_kv), "v_scale": _scales(case, 2, case.heads_kv)}
+        if values.real:
+            for table in tables:  # a tensor at a time: they are as large as the pages
+                _write(case, pages[:1], table, rows, (k,))
+                k = k.flip(-1)
+                _write(case, pages[1:], table, rows, (values.normal(case.total, case.heads_kv, p.head_dim_v),))
+        # As many partial results of compressed attention as its kernel would give, or a few.
+        splits, m = 3 if case.max_seqlen < 4096 else 16, max(16, 1 << (p.group * p.tokens - 1).bit_length())
+        part = values.uniform(count, case.heads_kv, splits, m, p.head_dim_v)
+        stat = values.uniform(count, case.heads_kv, splits, 2, m)
         indices = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
         if values.real:
             stat[..., 0, :].mul_(8)
             stat[:, :, -1, 0], stat[:, :, -1, 1] = -torch.inf, 0.0  # a split without tokens
             part[:, :, -1] = 0.0
-            for number, length in enumerate(case.seqlens):
-                position = torch.arange(length - p.tokens, length, device=case.device)
-                scores = values.scores(p.tokens, case.heads_kv, -(-length // p.selection_block))
-                indices[number] = reference.select_at(scores, position, p.selection_block, p.count, 1, min(1, p.count - 1))
+            scores = values.scores(count * p.tokens, case.heads_kv, -(-case.max_seqlen // p.selection_block))
+            chosen = reference.select_at(scores, self.positions(case), p.selection_block, p.count, 1, min(1, p.count - 1))
+            indices.copy_(chosen.view_as(indices))
         gates = [values.uniform(count, p.tokens, case.heads_query).to(case.dtype) for _ in range(3)]
         case.tensors |= {"part": part, "stat": stat, "block_indices": indices, "gates": tuple(gates)}
         case.outputs["o"] = values.empty(count, p.tokens, case.heads_query, p.head_dim_v)
@@ -207,25 +255,22 @@ class _DecodeMerge(Call):
         )  # fmt: skip
 
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        p, t, found, first = case.problem, case.tensors, [], 0
-        o_cmp = _together(case, t["part"].to(torch.float64), t["stat"].to(torch.float64)).unflatten(0, (-1, p.tokens))
+        p, t, found = case.problem, case.tensors, []
         for number, length in enumerate(case.seqlens):
-            at, here = _Sequence(case, number), slice(first, first + length)
-            first += length
-            k, v, k_swa, v_swa = (_read(case, x[here]) for x in t["rows"])
-            where = {"scale": t["scale"], "queries": at.new, "dtype": dtype}
-            blocks = (
-                t["block_indices"].new_full((length, *t["block_indices"].shape[2:]), -1).index_copy(0, at.new, t["block_indices"][number])
-            )
-            o_slc, _ = reference.selected_attention(at.q, k, v, blocks, p.selection_block, **where)
-            o_swa, _ = reference.sliding_attention(at.q, k_swa, v_swa, p.window, **where)
-            scaled = o_cmp[number] * (1.0 if t["cmp_scale"] is None else _SCALE)
-            found.append(reference.combine(scaled.to(dtype), o_slc, o_swa, *(g[number] for g in t["gates"]), dtype))
-        return {"o": torch.stack(found)}
+            streams = [_rows(case, (t["k_pages"], t["v_pages"]), table, {number: (0, length)}) for table in t["tables"]]
+            (k, v), (k_swa, v_swa) = ([_read(case, x) for x in kv] for kv in streams)
+            for token in range(p.tokens):
+                q, how = self.alone(case, number, token, dtype)
+                blocks = t["block_indices"][number, token].expand(len(q), -1, -1)
+                o_slc, _ = reference.selected_attention(q, k, v, blocks, p.selection_block, **how)
+                o_swa, _ = reference.sliding_attention(q, k_swa, v_swa, p.window, **how)
+                found.append((o_slc, o_swa))
+        o_slc, o_swa = (torch.cat(x).view(*t["q"].shape[:3], -1) for x in zip(*found, strict=True))
+        o_cmp = _together(case, t["part"].double(), t["stat"].double()).view_as(o_slc) * (_SCALE if _fp8(case) else 1.0)
+        return {"o": reference.combine(o_cmp.to(dtype), o_slc, o_swa, *t["gates"], dtype)}
 
     def check(self, case: Case, queries: Tensor | None) -> Check:
-        found = check_floats(case.expected(), case.expected(None, case.dtype), case.outputs, None)
-        return Check(False, found.errors, "arrived is not 0 again") if bool(case.tensors["arrived"].any()) else found
+        return self.at_rest(case, check_floats(case.expected(), case.expected(None, case.dtype), case.outputs, None))
 
     def flops(self, case: Case) -> int:
         p = case.problem
@@ -233,4 +278,93 @@ class _DecodeMerge(Call):
         return 2 * case.heads_query * (p.head_dim_qk + p.head_dim_v) * seen
 
 
-CALLS: dict[str, Call] = {"decode_compressed_fwd": _DecodeCompressed(), "decode_merge_fwd": _DecodeMerge()}
+class _CacheAppend(Call):
+    """Pages hold the older tokens that φ may read; new tokens of each stream, and compressed ones, are NaN until they are written.
+
+    Outputs are the pages: ``before`` keeps them as they are to be found.
+    """
+
+    def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
+        p, streams = case.problem, case.problem.branches + 1
+        _begin(case, values)
+        olds = {number: (max(0, first - p.block + 1), first) for number, (first, _) in self.new(case).items()}
+        room = [self.new(case) for _ in range(p.branches)] + [self.completed(case)]
+        room[0] = {number: (olds[number][0], end) for number, (_, end) in room[0].items()}
+        pages, tables = _paged(case, values, room)
+        dims = ((p.head_dim_qk, p.hidden), (p.head_dim_v, p.hidden_v))
+        total, old = len(case.seqlens) * p.tokens, sum(end - first for first, end in olds.values())
+        if values.real:
+            _write(case, pages, tables[0], olds, [values.normal(old, case.heads_kv, dim) for dim, _ in dims])
+        case.tensors |= {"before": tuple(pages), "tables": torch.stack(tables)}
+        for name, (dim, hidden) in zip("kv", dims, strict=True):
+            case.tensors[name] = [values.normal(total, case.heads_kv, dim) for _ in range(p.branches)]
+            case.tensors[f"{name}_scale"] = _scales(case, streams, case.heads_kv)
+            case.tensors[f"phi_{name}"] = list(phi_weights(case, values, dim, hidden))
+        case.outputs |= {"k_pages": torch.empty_like(pages[0]), "v_pages": torch.empty_like(pages[1])}
+
+    def new(self, case: Case) -> _Spans:
+        """The new tokens."""
+        return {number: (n - case.problem.tokens, n) for number, n in enumerate(case.seqlens)}
+
+    def completed(self, case: Case) -> _Spans:
+        """The compressed tokens that they complete."""
+
+        def complete(tokens: int) -> int:
+            return reference.compressed_count(tokens, case.problem.block, case.problem.stride)
+
+        return {number: (complete(first), complete(end)) for number, (first, end) in self.new(case).items()}
+
+    def poison(self, case: Case) -> None:
+        for x, before in zip(case.outputs.values(), case.tensors["before"], strict=True):
+            x.copy_(before)
+
+    def run(self, case: Case, host: Any) -> None:
+        t, o = case.tensors, case.outputs
+        host(
+            t["k"], t["v"], o["k_pages"], o["v_pages"], t["tables"], t["k_scale"], t["v_scale"], t["slots"], t["lengths"], t["phi_k"],
+            t["phi_v"],
+        )  # fmt: skip
+
+    def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        """``k0 v0 …``, each branch's new rows, and ``k v``, the compressed ones; unless in float64, as they count once they are stored."""
+        p, t = case.problem, case.tensors
+        filled = [x.clone() for x in t["before"]]
+        _write(case, filled, t["tables"][0], self.new(case), (t["k"][0], t["v"][0]))
+        made: list[list[Tensor]] = [[], []]
+        for number, (first, end) in self.completed(case).items():
+            reach = {number: (first * p.stride, (end - 1) * p.stride + p.block if end > first else 0)}
+            for found, x, name in zip(made, _rows(case, filled, t["tables"][0], reach), "kv", strict=True):
+                x, weights = _read(case, x).to(case.dtype), tuple(t[f"phi_{name}"])
+                found.append(reference.compress(x, p.pooling, weights, p.block, p.stride, None, dtype)[: end - first])
+        wanted = {f"{name}{i}": x for i in range(p.branches) for name, x in (("k", t["k"][i]), ("v", t["v"][i]))}
+        wanted |= {"k": torch.cat(made[0]), "v": torch.cat(made[1])}
+        return {name: x.double() if dtype is torch.float64 else _read(case, _stored(case, x)) for name, x in wanted.items()}
+
+    def check(self, case: Case, queries: Tensor | None) -> Check:
+        t, pages, outputs = case.tensors, list(case.outputs.values()), {}
+        rows = [self.new(case)] * case.problem.branches + [self.completed(case)]
+        others = [x.clone() for x in pages]
+        for i, (table, written) in enumerate(zip(t["tables"], rows, strict=True)):
+            names = (f"k{i}", f"v{i}") if i < case.problem.branches else ("k", "v")
+            outputs |= {name: _read(case, x) for name, x in zip(names, _rows(case, pages, table, written), strict=True)}
+            page, row = _places(case, table, written)
+            for x, before in zip(others, t["before"], strict=True):
+                _bits(x)[page, :, row] = _bits(before)[page, :, row]
+        wanted = case.expected()
+        found = check_floats(wanted, case.expected(None, case.dtype), outputs, None)
+        if not _fp8(case) and any(not torch.equal(x.double(), wanted[name]) for name, x in outputs.items() if name not in "kv"):
+            return Check(False, found.errors, found.message or "new rows are not stored as they are")
+        if any(not torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(others, t["before"], strict=True)):
+            return Check(False, found.errors, found.message or "rows that are not new have changed")
+        return found
+
+    def flops(self, case: Case) -> int:
+        p, count = case.problem, sum(end - first for first, end in self.completed(case).values())
+        return count * case.heads_kv * (phi_flops(case, p.head_dim_qk, p.hidden) + phi_flops(case, p.head_dim_v, p.hidden_v))
+
+
+CALLS: dict[str, Call] = {
+    "decode_compressed_fwd": _DecodeCompressed(),
+    "decode_merge_fwd": _DecodeMerge(),
+    "cache_append": _CacheAppend(),
+}

@@ -19,22 +19,29 @@ def sequences(case: Case) -> tuple[Any, int, int]:
     return case.tensors["cu_seqlens"], len(case.seqlens), case.max_seqlen
 
 
-def phi_weights(case: Case, values: Values) -> tuple[Tensor, ...]:
-    """Weights of φ of a ``compress_*`` problem."""
+def phi_weights(case: Case, values: Values, dim: int, hidden: int) -> tuple[Tensor, ...]:
+    """Weights of φ for rows of ``dim`` elements."""
     p, heads = case.problem, case.heads_kv
-    reach = p.block * p.head_dim
+    reach = p.block * dim
     return {
         "mean": lambda: (),
         "weighted": lambda: (values.normal(heads, p.block, std=p.block**-0.5),),
-        "linear": lambda: (values.normal(heads, reach, p.head_dim, std=reach**-0.5),),
+        "linear": lambda: (values.normal(heads, reach, dim, std=reach**-0.5),),
         "mlp": lambda: (
-            values.normal(heads, reach, p.hidden, std=reach**-0.5),
-            values.normal(heads, p.hidden, std=0.1),
-            values.normal(heads, p.hidden, p.head_dim, std=p.hidden**-0.5),
-            values.normal(heads, p.head_dim, std=0.1),
-            values.normal(heads, p.block, p.head_dim, std=0.5),
+            values.normal(heads, reach, hidden, std=reach**-0.5),
+            values.normal(heads, hidden, std=0.1),
+            values.normal(heads, hidden, dim, std=hidden**-0.5),
+            values.normal(heads, dim, std=0.1),
+            values.normal(heads, p.block, dim, std=0.5),
         ),
     }[p.pooling]()
+
+
+def phi_flops(case: Case, dim: int, hidden: int) -> int:
+    """Floating-point operations of φ for one compressed token of one head."""
+    pooling, reach = case.problem.pooling, case.problem.block * dim
+    each = {"mean": reach, "weighted": 2 * reach, "linear": 2 * reach * dim}.get(pooling)
+    return reach + 2 * reach * hidden + 2 * hidden * dim if each is None else each
 
 
 def gap_rows(case: Case) -> Tensor:
@@ -88,7 +95,7 @@ def _score_columns(case: Case) -> int:
 class _Compress(Call):
     def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
         case.tensors["x"] = values.normal(case.total, case.heads_kv, case.problem.head_dim)
-        case.tensors["weights"] = phi_weights(case, values)
+        case.tensors["weights"] = phi_weights(case, values, case.problem.head_dim, case.problem.hidden)
         rows = reference.compressed_rows(case.total, case.problem.stride)
         case.outputs["out"] = values.empty(rows, case.heads_kv, case.problem.head_dim)
 
@@ -105,9 +112,7 @@ class _Compress(Call):
     def flops(self, case: Case) -> int:
         p = case.problem
         count = sum(n for _, n in reference.compressed_offsets(case.cu_seqlens, case.total, p.block, p.stride))
-        reach = p.block * p.head_dim
-        each = {"mean": reach, "weighted": 2 * reach, "linear": 2 * reach * p.head_dim}.get(p.pooling)
-        return count * case.heads_kv * (reach + 2 * reach * p.hidden + 2 * p.hidden * p.head_dim if each is None else each)
+        return count * case.heads_kv * phi_flops(case, p.head_dim, p.hidden)
 
 
 class _CompressedAttention(Call):

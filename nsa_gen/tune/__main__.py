@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from .. import console
 from ..errors import NSAError
-from ..geometry import TuneShape
 
 
 def _seconds(text: str) -> float:
@@ -16,23 +16,21 @@ def _seconds(text: str) -> float:
     return float(text[:-1]) * unit if unit else float(text)
 
 
-def _shape(text: str) -> TuneShape:
-    batch, _, seqlen = text.rpartition("x")
-    size = int(seqlen[:-1]) * 1024 if seqlen[-1:] in "kK" else int(seqlen)
-    return TuneShape(batch=int(batch or 1), seqlen=size)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nsa_gen.tune", description=__doc__)
     parser.add_argument("specs", nargs="+", metavar="SPEC")
     parser.add_argument("--kernels", type=lambda text: text.split(","), help="comma-separated")
-    parser.add_argument("--shapes", type=lambda text: [_shape(t) for t in text.split(",")], help="e.g. 8k,64k,8x4k (batch x length)")
+    parser.add_argument("--shapes", "--seqlen", action="append", help="e.g. 8k,64k,8x4k (batch x length)")
     parser.add_argument("--trials", type=int, default=64, help="configs a problem")
     parser.add_argument("--budget", type=_seconds, help="for everything: 90s, 5m, 2h")
     parser.add_argument("--out", type=Path, help="folder of tables (default: the user's cache)")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--varlen", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="the kernels that serve from a KV cache")
+    parser.add_argument("--kv-dtype", help="with --decode: what the cache stores (default: the spec's dtype)")
+    parser.add_argument("--page-size", type=int, help="with --decode: rows a page (default: 64)")
+    parser.add_argument("--tokens", type=int, help="with --decode: new tokens of a sequence a step (default: 1)")
     parser.add_argument("--storage", help="Optuna storage URL several tuners share")
     parser.add_argument("--log", type=Path, help="trial log (default: in the cache)")
     parser.add_argument("--workers", type=int, help="compile processes")
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = run(
             args.specs,
             kernels=args.kernels,
-            shapes=args.shapes,
+            shapes=console.shapes(args.shapes) or None,
             trials=args.trials,
             budget_s=args.budget,
             out=args.out,
@@ -58,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
             progress=not args.quiet,
             varlen=args.varlen,
             deterministic=args.deterministic,
+            decode=args.decode,
+            kv_dtype=args.kv_dtype,
+            page_size=args.page_size,
+            tokens=args.tokens,
             storage=args.storage,
             log=args.log,
             workers=args.workers,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import paths, table
+from ..config import FP8
 from ..device import Device, same_arch
 from ..errors import TargetError, TuneError
 from ..geometry import Spec, TuneShape
@@ -48,6 +49,10 @@ def run(
     seqlens: Sequence[int] | None = None,
     varlen: bool = False,
     deterministic: bool = False,
+    decode: bool = False,
+    kv_dtype: str | None = None,
+    page_size: int | None = None,
+    tokens: int | None = None,
     storage: str | None = None,
     log: Path | str | None = None,
     workers: int | None = None,
@@ -75,6 +80,7 @@ def run(
         progress: bars or lines on stderr.
         varlen: tune the variant for ``cu_seqlens`` calls.
         deterministic: tune the variant for ``deterministic`` calls. A variant without rows of its own borrows the other's.
+        decode, kv_dtype, page_size, tokens: tune the kernels that serve from a KV cache, and what it is like; see :func:`.plan.plans`.
         storage: Optuna storage URL (e.g. ``sqlite:///study.db``) that several tuners share.
         log: the trial log; default in the cache.
         workers: compile processes, default the CPU count less one for each GPU.
@@ -85,7 +91,7 @@ def run(
         inline: run the backend in this process (replays).
 
     Raises:
-        TargetError: there is no GPU, or another than ``device``.
+        TargetError: there is no GPU, another than ``device``, or one that cannot read ``kv_dtype``.
         TuneError: the worker does not start, or the shared study cannot be opened.
         TableError: a table in ``out`` is torn or edited; nothing is tuned then.
     """
@@ -94,12 +100,15 @@ def run(
     if seqlens:
         shapes = [TuneShape(batch=1, seqlen=n) for n in seqlens]
     variant = {"varlen": varlen, "deterministic": deterministic}
-    todo = planning.plans([_loaded(spec) for spec in given], kernels=kernels, shapes=shapes, **variant)
+    cache = {"decode": decode, "kv_dtype": kv_dtype, "page_size": page_size, "tokens": tokens}
+    todo = planning.plans([_loaded(spec) for spec in given], kernels=kernels, shapes=shapes, **variant, **cache)
     options = Options(trials=trials, rounds=rounds, deadline_s=deadline_s, storage=storage, seed=seed)
     indices = [gpus] if isinstance(gpus, int) else list(gpus)
     show = shown.make(progress)
     with _stop_flag() as stopped, _pools(make, device, indices, workers, inline) as (identity, backend, builders, gpu_pool):
         found, environment = identity.device, identity.environment
+        if kv_dtype == FP8 and not found.fp8:
+            raise TargetError(f"{found.slug} ({found.arch}) has no {FP8}: that needs an NVIDIA GPU from sm_89 on")
         folder = Path(out) / found.slug if out is not None else None
         journal = TrialLog(Path(log) if log is not None else paths.cache() / "tune" / found.slug / "trials.jsonl")
         reading = journal.read()
@@ -178,19 +187,21 @@ def _elsewhere(device: Device, kernel: str) -> list[Row]:
 
 def _written(tuner: Tuner, plan: Plan, result: Result, environment: dict[str, str], folder: Path | None) -> list[Row]:
     """The rows of a result, saved."""
-    seqlens = finals.ranges(sorted({p.seqlen for p in plan.points}))
     heads = finals.ranges(sorted({p.shape.batch_heads for p in plan.points}))
+    # Each batch_heads has lengths of its own, which between them hold every length.
+    seqlens = {n: finals.ranges(sorted({p.seqlen for p in plan.points if p.shape.batch_heads == n})) for n in heads}
     rows, date = [], _now()
     for group in result.groups:
         built = tuner.resources(plan.problem, group.config)
         if built is None:
             continue
+        batch_heads = group.decisions[0].point.shape.batch_heads
         rows.append(
             finals.row(
                 plan.problem,
                 group,
-                seqlens=seqlens,
-                batch_heads=heads[group.decisions[0].point.shape.batch_heads],
+                seqlens=seqlens[batch_heads],
+                batch_heads=heads[batch_heads],
                 built=built,
                 environment=environment,
                 date=date,

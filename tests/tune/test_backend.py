@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from nsa_gen import space, spec
-from nsa_gen.config import problem
+from nsa_gen.config import SERVING, problem
 from nsa_gen.device import from_name
 from nsa_gen.errors import CompileError, RenderError
 from nsa_gen.tune.backend import Final, TritonBackend, failure_of
@@ -46,14 +46,15 @@ def test_exceptions_have_their_kind(error, kind):
     assert found.fatal == (kind == "illegal_access")
 
 
-def test_a_pool_compiles_for_a_gpu_that_is_not_here(tmp_path):
+@pytest.mark.parametrize(("kernel", "point"), [("sliding_attention_fwd", Point(8192, 1, 4)), ("decode_merge_fwd", Point(131072, 32, 4))])
+def test_a_pool_compiles_for_a_gpu_that_is_not_here(tmp_path, kernel, point):
     device = from_name("nvidia-h200")
-    sliding = problem("sliding_attention_fwd", spec.load("gqa16-d128"))
-    config = space.default(sliding, device.arch)
+    wanted = problem(kernel, spec.load("gqa16-d128"))
+    config = space.default(wanted, device.arch)
     env = {**_BUILDER_ENV, "NSA_GEN_CACHE": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     pool = Pool([partial(TritonBackend, device)], env=env)
     try:
-        pool.submit(Request("compile", (sliding, config, Point(8192, 1, 4)), 120))
+        pool.submit(Request("compile", (wanted, config, point), 120))
         found = []
         while not found:
             wait([pool], 5.0)
@@ -62,28 +63,31 @@ def test_a_pool_compiles_for_a_gpu_that_is_not_here(tmp_path):
         pool.close()
     built = found[0][1]
     assert isinstance(built, Built), built
-    assert built.digest == TritonBackend(device).digest(sliding, config)
+    assert built.digest == TritonBackend(device).digest(wanted, config)
     assert 0 < built.shared <= device.shared_bytes and built.registers and built.spills is not None
     assert any((tmp_path / "triton").iterdir())
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
-def test_evaluate_and_final_check_against_the_reference(monkeypatch):
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The cases that are made, all on the CPU, and when timing is to stop early; it finds 2 ms."""
     import torch
 
     from nsa_gen import inputs, timing
 
     real = inputs.case
-    made = []
+    made, stops = [], []
 
-    def on_cpu(*args, **options):
+    def case(*args, **options):
         made.append(real(*args, **options | {"device": "cpu"}))
         return made[-1]
 
-    monkeypatch.setattr(inputs, "case", on_cpu)
+    monkeypatch.setattr(inputs, "case", case)
     for name in ("set_device", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    stops = []
 
     def measure(fn, **options):
         fn()
@@ -92,7 +96,12 @@ def test_evaluate_and_final_check_against_the_reference(monkeypatch):
 
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(timing, "interleaved", lambda fns, rounds: [[1.0 + i] * rounds for i, fn in enumerate(fns) if fn() is None])
+    return made, stops
 
+
+@interpreted
+def test_evaluate_and_final_check_against_the_reference(on_cpu):
+    made, stops = on_cpu
     sliding = problem("sliding_attention_fwd", spec.load("tiny"))
     config, point = space.safe(sliding), Point(24, 2, 1)
     backend = TritonBackend(from_name("interpreter"))
@@ -112,3 +121,22 @@ def test_evaluate_and_final_check_against_the_reference(monkeypatch):
     assert isinstance(wrong, Failure) and wrong.kind == "wrong" and wrong.message
     made[0].run = lambda module: None  # writes nothing: the poison shows
     assert backend.evaluate(sliding, config, point, None).kind == "wrong"
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", SERVING)
+def test_what_serves_from_a_cache_is_checked_too(kernel, on_cpu):
+    made, _ = on_cpu
+    wanted = problem(kernel, spec.load("tiny"))
+    config, point = space.safe(wanted), Point(70, 2, 1)
+    backend = TritonBackend(from_name("interpreter"))
+    assert isinstance(backend.evaluate(wanted, config, point, None), Measured)
+    if kernel != "cache_append":
+        made[0].tensors["arrived"].fill_(1)  # as a candidate leaves it that failed
+    found = backend.evaluate(wanted, config, point, 2.0)
+    assert isinstance(found, Measured) and len(made) == 1 and found.max_rel_err < 1e-4, found
+    final = backend.final(wanted, [config, config.replace(num_warps=8)], point, 4)
+    assert isinstance(final, Final) and final.samples == ((1.0,) * 4, (2.0,) * 4)
+    for case in made:
+        case.run = lambda module: None
+    assert backend.evaluate(wanted, config, point, None).kind == "wrong"

@@ -15,12 +15,17 @@ import machine
 import pytest
 from machine import Machine, config
 
-from nsa_gen import space, spec, table
+from nsa_gen import config as configs
+from nsa_gen import lookup, space, spec, table, tables
+from nsa_gen.config import FP8, SERVING, Shape
+from nsa_gen.device import from_name
 from nsa_gen.errors import ConfigError, InputError, TableError, TargetError, TuneError
+from nsa_gen.geometry import TuneShape
 from nsa_gen.table import Table
 from nsa_gen.tune import drive, plans, run
 from nsa_gen.tune.drive import _same
 from nsa_gen.tune.log import TrialLog
+from nsa_gen.tune.plan import DECODE_SHAPES
 from nsa_gen.tune.records import Failure, Measured, Point, Trial
 from nsa_gen.tune.replay import ReplayBackend
 
@@ -309,6 +314,105 @@ def test_specs_of_equal_geometry_are_tuned_once():
     assert len(sliding.anchors) == 2 and set(sliding.anchors) < set(sliding.points)
     (combine,) = plans([one], kernels=["combine_fwd"])
     assert {p.heads_query for p in combine.points} == {one.heads.query}
+
+
+# --- kernels that serve from a cache --------------------------------------------------------------------------------------------
+
+
+def pieces(c):
+    return c.as_dict().get("SPLITS") or c.as_dict().get("SELECT_PIECES") or 1
+
+
+def decode_milliseconds(c, point):
+    """Many pieces for one sequence, few for many."""
+    return (1 if (pieces(c) >= 8) == (point.batch == 1) else 2) * point.seqlen * point.batch / 2**20
+
+
+def test_decode_rows_are_found_by_the_lookup(tmp_path, monkeypatch):
+    options = {"decode": True, "kv_dtype": FP8, "tokens": 2, "kernels": None, "seqlens": None, "trials": 80}
+    summary = tune(tmp_path, Machine(model=decode_milliseconds), **options)
+    assert summary.complete and {r.problem.kernel for r in summary.results} == set(SERVING)
+    assert [(d.point.batch, d.point.seqlen) for d in summary.results[0].decisions] == sorted((s.batch, s.seqlen) for s in DECODE_SHAPES)
+    monkeypatch.setenv("NSA_GEN_TUNED", str(tmp_path / "out"))
+    monkeypatch.setenv("NSA_GEN_CACHE", str(tmp_path / "cache"))
+    made = spec.load(SPEC)
+    for problem in configs.problems(made, cached=configs.cache_of(made, FP8, tokens=2)):
+        for shape in DECODE_SHAPES:
+            found = lookup.resolve(problem, Shape(shape.seqlen, shape.batch * made.heads.kv), machine.DEVICE)
+            assert found.exact and found.source == "device table" and found.row in summary.rows, found.reason
+            if problem.kernel != "cache_append":
+                assert (pieces(found.config) >= 8) == (shape.batch == 1)
+        # lengths between those of a batch are one of its rows' too
+        assert lookup.resolve(problem, Shape(20_000, made.heads.kv), machine.DEVICE).exact
+        other = configs.problem(problem.kernel, made)
+        assert lookup.resolve(other, Shape(65536, 4), machine.DEVICE).source == "default", "another storage: another key"
+    found = tables.load(tmp_path / "out")
+    assert [t.kernel for t in found] == sorted(SERVING)
+    assert all(t.lint(digest_of=Machine().digest, shared_bytes=machine.DEVICE.shared_bytes) == [] for t in found)
+    shown = [cells for t in found for cells in tables.rows(t)[1]]
+    assert len(shown) == len(summary.rows) and all("storage=float8_e4m3fn" in cells[0] for cells in shown)
+    text = tables.markdown(found)
+    assert all(f"### {kernel}" in text for kernel in SERVING) and "page_size=64 tokens=2" in text
+    assert len(tables.gains(found)) == len(shown)
+    pytest.importorskip("matplotlib")
+    tables.plot(found, tmp_path / "gains.svg")
+    assert "<svg" in (tmp_path / "gains.svg").read_text()
+
+
+def test_decode_rows_and_those_of_other_caches_stand_side_by_side(tmp_path):
+    chosen = {"decode": True, "kernels": ["decode_merge_fwd"], "seqlens": None, "shapes": [TuneShape(batch=32, seqlen=8192)], "trials": 6}
+    for cache in ({}, {"kv_dtype": FP8}, {"tokens": 4}, {"page_size": 128}):
+        summary = tune(tmp_path, Machine(model=decode_milliseconds), **chosen, **cache)
+        assert [(d.point.batch, d.point.seqlen) for d in summary.results[0].decisions] == [(32, 8192)]
+    rows = Table.load(tmp_path / "out" / "nvidia-h200" / "decode_merge_fwd.json").rows
+    keys = {(r.problem.storage, r.problem.page_size, r.problem.tokens) for r in rows}
+    assert keys == {("bfloat16", 64, 1), (FP8, 64, 1), ("bfloat16", 64, 4), ("bfloat16", 128, 1)}
+    assert all(r.batch_heads[0] <= 128 <= r.batch_heads[1] for r in rows)
+
+
+def test_points_of_decoding():
+    one, many = spec.load(SPEC), spec.load("mha-d128")
+    found = {p.problem.kernel: p for p in plans([one], decode=True)}
+    assert list(found) == list(SERVING)
+    for plan in found.values():
+        assert {(p.batch, p.seqlen) for p in plan.points} == {(s.batch, s.seqlen) for s in DECODE_SHAPES}
+        assert [p.batch for p in plan.anchors] == [1, 32]  # latency, and bandwidth
+    fewer = plans([many], decode=True)[0].points
+    assert {(p.batch, p.seqlen // 1024) for p in fewer} == {(1, 8), (1, 64), (32, 8), (64, 8)}, "a case of more does not fit a GPU"
+    given = plans([many], decode=True, shapes=[TuneShape(batch=32, seqlen=65536)])
+    assert [p.shape for p in given[0].points] == [Shape(65536, 32 * 32)]
+    paper, coarse = spec.load("nsa-paper"), one.replace(selection={"block": 128})
+    (append,) = plans([paper], kernels=["cache_append"], decode=True, kv_dtype=FP8, page_size=256, tokens=8)
+    assert (append.problem.storage, append.problem.page_size, append.problem.tokens, append.problem.branches) == (FP8, 256, 8, 3)
+    assert {p.problem.page_size for p in plans([coarse], decode=True)} == {128}
+    assert {p.problem for p in plans([one, one.replace(name="again")], decode=True)} == {p.problem for p in found.values()}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"decode": True, "kernels": ["sliding_attention_fwd"]}, ConfigError, "allowed: decode_compressed_fwd.*without decode also"),
+        ({"kernels": ["decode_merge_fwd"]}, ConfigError, "with decode also: .*decode_merge_fwd"),
+        ({"decode": True, "kernels": None, "kv_dtype": "int8"}, ConfigError, "got 'int8', allowed: bfloat16, float8_e4m3fn"),
+        ({"decode": True, "kernels": None, "page_size": 96}, ConfigError, "got 96, allowed: multiples of the selection block, 64"),
+        ({"decode": True, "kernels": None, "tokens": 0}, ConfigError, "got 0, allowed: 1 to 8"),
+        ({"kv_dtype": FP8, "tokens": 1}, InputError, "kv_dtype, tokens: only with decode"),
+        ({"decode": True, "varlen": True}, InputError, "without varlen"),
+    ],
+)
+def test_bad_calls_about_caches_are_told(tmp_path, options, error, said):
+    backend = Machine()
+    with pytest.raises(error, match=said):
+        tune(tmp_path, backend, **options)
+    assert backend.calls == []
+
+
+def test_a_gpu_without_fp8_is_told_at_once(tmp_path):
+    backend = Machine()
+    backend.identify = lambda: replace(Machine().identify(), device=from_name("nvidia-a100-80gb"))
+    with pytest.raises(TargetError, match=r"sm_80.* has no float8_e4m3fn"):
+        tune(tmp_path, backend, decode=True, kernels=None, kv_dtype=FP8)
+    assert backend.calls == []
 
 
 # --- with processes ------------------------------------------------------------------------------------------------------------
