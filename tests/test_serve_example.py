@@ -29,8 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 64
 #: The interpreter takes a twentieth of a second for a program: few of them there.
 FEW = (
-    Config.of("decode_compressed_fwd", {"BLOCK_N": 32, "SPLITS": 1, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1}),
-    Config.of("decode_merge_fwd", {"SELECT_PIECES": 1, "WINDOW_PIECES": 1, "num_warps": 4, "num_stages": 1}),
+    Config.of(
+        "decode_compressed_fwd",
+        {"BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1, "maxnreg": None},
+    ),
+    Config.of("decode_merge_fwd", {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None}),
 )
 
 

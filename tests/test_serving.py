@@ -16,8 +16,11 @@ from nsa_gen.errors import InputError, UnknownSequence
 GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "window": 40, "heads": {"query": 6, "kv": 2}}
 #: The interpreter takes a twentieth of a second for a program: few of them there.
 FEW = (
-    Config.of("decode_compressed_fwd", {"BLOCK_N": 32, "SPLITS": 2, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1}),
-    Config.of("decode_merge_fwd", {"SELECT_PIECES": 1, "WINDOW_PIECES": 1, "num_warps": 4, "num_stages": 1}),
+    Config.of(
+        "decode_compressed_fwd",
+        {"BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1, "maxnreg": None},
+    ),
+    Config.of("decode_merge_fwd", {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None}),
 )
 
 

@@ -9,14 +9,17 @@ SPACES: dict[str, Space] = {}
 
 # A tile's K and V wait for the number of their page, so a pipeline of n stages holds (n - 1) / 2 tiles.
 _STAGES = (1, 2, 3, 5, 7)
+_PROGRAMS = (64, 128, 256, 384, 512, 1024, 2048)
 SPACES["decode_compressed_fwd"] = Space(
     knobs=(
-        # Compressed tokens a tile, and programs that share a sequence's.
-        Knob("BLOCK_N", (16, 32, 64, 128)),
-        Knob("SPLITS", (1, 2, 4, 8, 16, 32, 64, 128)),
+        Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens a tile
+        # Programs there are to be, as many for each sequence and KV head, with so many tiles each at least.
+        Knob("PROGRAMS", _PROGRAMS),
+        Knob("LEAST", (1, 2, 4, 8)),
         Knob("BLOCK_B", (16, 32, 64, 128, 256)),  # blocks at a time, when importance is put together
-        Knob("num_warps", (4, 8)),
+        Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
+        Knob("maxnreg", (None, 128, 168)),
     ),
     defaults={
         "": lambda p: _compressed(p, 32, num_stages=3),
@@ -28,24 +31,30 @@ SPACES["decode_compressed_fwd"] = Space(
 )
 SPACES["decode_merge_fwd"] = Space(
     knobs=(
-        # Programs that share the chosen blocks, and the window.
-        Knob("SELECT_PIECES", (1, 2, 4, 8, 16)),
-        Knob("WINDOW_PIECES", (1, 2, 4, 8)),
+        Knob("PROGRAMS", _PROGRAMS),  # two thirds of them share the chosen blocks, the others the window, with so many blocks each at least
+        Knob("LEAST", (1, 2, 4)),
+        Knob("sum_stages", (1, 2, 3, 5)),  # partial results under way, when they are put together
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
+        Knob("maxnreg", (None, 128, 168)),
     ),
     defaults={
-        "": lambda p: {"SELECT_PIECES": min(4, _slots(p)), "WINDOW_PIECES": 2, "num_warps": 4, "num_stages": 3},
-        "sm_90": lambda p: {"SELECT_PIECES": min(4, _slots(p)), "WINDOW_PIECES": 2, "num_warps": 4, "num_stages": 3 if _large(p) else 5},
-        "sm_100": lambda p: {"SELECT_PIECES": min(4, _slots(p)), "WINDOW_PIECES": 2, "num_warps": 4, "num_stages": 3 if _large(p) else 5},
+        "": lambda p: _merge(p, num_stages=3),
+        "sm_90": lambda p: _merge(p, num_stages=3 if _large(p) else 5),
+        "sm_100": lambda p: _merge(p, num_stages=3 if _large(p) else 5),
     },
-    safe=lambda p: {"SELECT_PIECES": 1, "WINDOW_PIECES": 1, "num_warps": 8 if _large(p) else 4, "num_stages": 1},
+    safe=lambda p: _merge(p, num_stages=1) | {"sum_stages": 1, "num_warps": 8 if _large(p) else 4},
     illegal=lambda p, c: (
-        f"{c.SELECT_PIECES} pieces of {p.count} blocks" if _slots(p) < c.SELECT_PIECES
+        f"{c.LEAST} of {p.count} blocks" if p.count < c.LEAST
         else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
         else None
     ),
 )  # fmt: skip
+
+
+def _merge(p: Problem, num_stages: int) -> dict[str, Value]:
+    known = {"PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 4, "num_stages": num_stages}
+    return known | {"maxnreg": None}
 
 
 _PROJECT = {"body": ("project",)}
@@ -79,10 +88,6 @@ def _append(p: Problem, step: int) -> dict[str, Value]:
     return {"body": "project", "BLOCK_K": step, "BLOCK_U": step, "num_warps": 8}
 
 
-def _slots(p: Problem) -> int:
-    return 1 << (p.count - 1).bit_length()
-
-
 def _rows(p: Problem) -> int:
     """Rows of a program: the group of every new token."""
     return max(16, 1 << (p.group * p.tokens - 1).bit_length())
@@ -104,7 +109,10 @@ def _compressed(p: Problem, tile: int, num_stages: int) -> dict[str, Value]:
     if p.dtype == "float32" or _padded(p) > 128:
         tile = min(tile, 32)
     tile = max(min(tile, p.page_size), units, 16)
-    return {"BLOCK_N": tile, "SPLITS": 16, "BLOCK_B": 16 if rows > 32 else 64, "num_warps": 8 if rows > 32 else 4, "num_stages": num_stages}
+    blocks, warps = max(4096 // rows, 16), 8 if rows > 32 else 4
+    return {
+        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": num_stages, "maxnreg": None,
+    }  # fmt: skip
 
 
 def _compressed_fault(p: Problem, c: Config) -> str | None:

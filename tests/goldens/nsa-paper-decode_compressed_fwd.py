@@ -2,7 +2,7 @@
 
 problem 95850e8d532b: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap page_size=64 tokens=1
-config  42ae9faf9332: BLOCK_B=64 BLOCK_N=32 SPLITS=16 num_stages=5 num_warps=4
+config  e3acfdda414d: BLOCK_B=256 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -249,9 +249,9 @@ def load_page_rows(
 
 
 @triton.jit
-def attend(q, k, v, seen, top, total, o, qk_scale):
-    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], o [M, D_V] of that top, probabilities of the tile's own top
-    [M, N], that top). A row that has seen nothing has top -inf."""
+def attend(q, k, seen, top, total, qk_scale):
+    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], the weights of the tile's values [M, N] and of what was
+    added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has top -inf."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
@@ -259,9 +259,22 @@ def attend(q, k, v, seen, top, total, o, qk_scale):
     new_top = tl.maximum(top, tile_top)
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
-    total = total * old + tl.sum(prob, 1) * new
-    o = tl.dot((prob * new[:, None]).to(q.dtype), v, o * old[:, None], input_precision="ieee")
-    return new_top, total, o, prob, tile_top
+    return new_top, total * old + tl.sum(prob, 1) * new, (prob * new[:, None]).to(q.dtype), old, prob, tile_top
+
+
+@triton.jit
+def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr):
+    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (their weights [PARTS, rows], the
+    weight of what was there before, top, total). Loaded at once: one after the other they would each wait for memory."""
+    part = first + tl.arange(0, PARTS)
+    there = (part < count)[:, None]
+    stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
+    tops = tl.load(stats, mask=there, other=-float("inf"))
+    totals = tl.load(stats + size, mask=there, other=0.0)
+    new_top = tl.maximum(top, tl.max(tops, 0))
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
+    return weights, old, new_top, total * old + tl.sum(totals * weights, 0)
 
 
 @triton.jit
@@ -286,8 +299,8 @@ def decode_compressed_fwd_kernel(
     length_ptr,  # [slots] int32: tokens, the new ones included
     part_ptr,  # [S, Hkv, splits, M, D_V] fp32: a split's o for its own top, not divided by its total
     stat_ptr,  # [S, Hkv, splits, 2, M] fp32: top (log2 domain), total
-    sums_ptr,  # [S, Hkv, LAGS, M, blocks] fp32: what a group of UNITS tokens gives to the block of its number + lag, for its tile's top
-    tops_ptr,  # [S, Hkv, M, tiles] fp32: tiles' tops
+    sums_ptr,  # [S, Hkv, LAGS, blocks, M] fp32: what a group of UNITS tokens gives to the block of its number + lag, for its tile's top
+    tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops, and in the end what a tile's sums count
     scores_ptr,  # [S, TOKENS, Hkv, blocks] fp32
     index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
     arrived_ptr,  # [S, Hkv] int32, 0
@@ -357,16 +370,17 @@ def decode_compressed_fwd_kernel(
     for tile in tl.range(split * each, tl.minimum((split + 1) * each, used), num_stages=STAGES):
         key0 = tile * BLOCK_N
         k = load_page_rows(k_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_QK, DQ).to(q.dtype)
-        v = load_page_rows(v_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_V, DV).to(q.dtype)
+        v = load_page_rows(v_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_V, DV)
         seen = (key0 + tl.arange(0, BLOCK_N))[None, :] <= newest[:, None]
-        top, total, o, prob, tile_top = attend(q, k, v, seen, top, total, o, qk_scale)
-        tl.store(tops + row * tiles + tile, tile_top)
+        top, total, weights, old, prob, tile_top = attend(q, k, seen, top, total, qk_scale)
+        o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
+        tl.store(tops + tile * M + row, tile_top)
         prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
-        place = row[:, None] * blocks + (tile * (BLOCK_N // UNITS) + group)[None, :]
+        place = (tile * (BLOCK_N // UNITS) + group)[None, :] * M + row[:, None]
         fits = (tile * (BLOCK_N // UNITS) + group < blocks)[None, :]
         for lag in tl.static_range(LAGS):
             count = weight(unit - lag * UNITS, UNITS, BLOCK // STRIDE)
-            tl.store(sums + lag * M * blocks + place, tl.sum(prob * count, 2), mask=fits)
+            tl.store(sums + lag * blocks * M + place, tl.sum(prob * count, 2), mask=fits)
 
     column = tl.arange(0, DV)
     part = here * splits + split
@@ -377,29 +391,28 @@ def decode_compressed_fwd_kernel(
         # The softmax of all splits, then each block's probability, summed over the group (eq. 10), token by token.
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
-        for i in range(splits):
-            other = stat_ptr + (here * splits + i) * (2 * M)
-            other_top = tl.load(other + row)
-            new_top = tl.maximum(top, other_top)
-            safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-            total = total * tl.exp2(top - safe) + tl.load(other + M + row) * tl.exp2(other_top - safe)
-            top = new_top
+        for i in range(0, splits, 16):
+            _, _, top, total = together(stat_ptr + here * splits * (2 * M), i, splits, row, M, top, total, 16)
         top = tl.where(top == -float("inf"), 0.0, top)
         factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
+        for tile0 in range(0, used, 256):
+            number = tile0 + tl.arange(0, 256)
+            there = (number < used)[:, None]
+            of_rows = tops + number[:, None] * M + row[None, :]
+            tl.store(of_rows, tl.exp2(tl.load(of_rows, mask=there, other=0.0) - top[None, :]) * factor[None, :], mask=there)
+        tl.debug_barrier()
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 64):
-            block = block0 + tl.arange(0, 64)
-            importance = tl.zeros([M, 64], tl.float32)
+        for block0 in range(0, last + 1, 256):
+            block = block0 + tl.arange(0, 256)
+            importance = tl.zeros([256, M], tl.float32)
             for lag in tl.static_range(LAGS):
                 source = block - lag
                 of_tile = source * UNITS // BLOCK_N
-                exists = ((source >= 0) & (of_tile < used) & (source < blocks))[None, :] & valid[:, None]
-                source_top = tl.load(tops + row[:, None] * tiles + of_tile[None, :], mask=exists, other=-float("inf"))
-                value = tl.load(sums + (lag * M + row)[:, None] * blocks + source[None, :], mask=exists, other=0.0)
-                importance += value * tl.exp2(source_top - top[:, None])
-            importance *= factor[:, None]
+                exists = ((source >= 0) & (of_tile < used) & (source < blocks))[:, None]
+                counts = tl.load(tops + of_tile[:, None] * M + row[None, :], mask=exists, other=0.0)
+                importance += tl.load(sums + (lag * blocks + source)[:, None] * M + row[None, :], mask=exists, other=0.0) * counts
             for token in tl.static_range(TOKENS):
-                of_token = tl.sum(tl.where((row // G == token)[:, None], importance, 0.0), 0)
+                of_token = tl.sum(tl.where((row // G == token)[None, :], importance, 0.0), 1)
                 target = scores_ptr + ((sequence.to(tl.int64) * TOKENS + token) * heads + head) * blocks
                 tl.store(target + block, of_token, mask=block <= last)
         tl.debug_barrier()  # the whole row is read by every thread
@@ -446,6 +459,7 @@ _decode = Launcher(
     },
     num_warps=_WARPS,
     num_stages=5,
+    maxnreg=None,
 )
 
 
@@ -470,11 +484,11 @@ def decode_compressed_fwd(q, k_pages, v_pages, k_scale, table, slots, lengths, a
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
     blocks = -(-max_seqlen // _BLOCK) + 3 & ~3
     tiles = -(-(max_seqlen // 16) // _BLOCK_N) + 1
-    splits = max(min(16, tiles), 1)
+    splits = max(min(256 // max(sequences * heads, 1), tiles // 4), 1)
     part = torch.empty((sequences, heads, splits, _M, v_pages.shape[3]), dtype=torch.float32, device=device)
     stat = torch.empty((sequences, heads, splits, 2, _M), dtype=torch.float32, device=device)
-    sums = torch.empty((sequences, heads, _LAGS, _M, blocks), dtype=torch.float32, device=device)
-    tops = torch.empty((sequences, heads, _M, tiles), dtype=torch.float32, device=device)
+    sums = torch.empty((sequences, heads, _LAGS, blocks, _M), dtype=torch.float32, device=device)
+    tops = torch.empty((sequences, heads, tiles, _M), dtype=torch.float32, device=device)
     scores = torch.empty((sequences, _TOKENS, heads, blocks), dtype=torch.float32, device=device)
     width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
     resident = width <= 1024 * _WARPS

@@ -2,7 +2,7 @@
 
 problem 92acbaae9988: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 window=512
     page_size=64 tokens=1
-config  20401b9935fa: SELECT_PIECES=4 WINDOW_PIECES=2 num_stages=3 num_warps=4
+config  a269d1480daf: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=4 sum_stages=3
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -27,9 +27,9 @@ def load_page_rows(
 
 
 @triton.jit
-def attend(q, k, v, seen, top, total, o, qk_scale):
-    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], o [M, D_V] of that top, probabilities of the tile's own top
-    [M, N], that top). A row that has seen nothing has top -inf."""
+def attend(q, k, seen, top, total, qk_scale):
+    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], the weights of the tile's values [M, N] and of what was
+    added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has top -inf."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
@@ -37,9 +37,22 @@ def attend(q, k, v, seen, top, total, o, qk_scale):
     new_top = tl.maximum(top, tile_top)
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
-    total = total * old + tl.sum(prob, 1) * new
-    o = tl.dot((prob * new[:, None]).to(q.dtype), v, o * old[:, None], input_precision="ieee")
-    return new_top, total, o, prob, tile_top
+    return new_top, total * old + tl.sum(prob, 1) * new, (prob * new[:, None]).to(q.dtype), old, prob, tile_top
+
+
+@triton.jit
+def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr):
+    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (their weights [PARTS, rows], the
+    weight of what was there before, top, total). Loaded at once: one after the other they would each wait for memory."""
+    part = first + tl.arange(0, PARTS)
+    there = (part < count)[:, None]
+    stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
+    tops = tl.load(stats, mask=there, other=-float("inf"))
+    totals = tl.load(stats + size, mask=there, other=0.0)
+    new_top = tl.maximum(top, tl.max(tops, 0))
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
+    return weights, old, new_top, total * old + tl.sum(totals * weights, 0)
 
 
 @triton.jit
@@ -59,17 +72,12 @@ def gather(part_ptr, stat_ptr, count, rows, size, inside, column, D_V: tl.conste
     top = tl.full([G_PAD], -float("inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     o = tl.zeros([G_PAD, DV], tl.float32)
-    for i in range(count):
-        stat = stat_ptr + i * 2 * size + rows
-        other_top = tl.load(stat)
-        other_total = tl.load(stat + size)
-        other = tl.load(part_ptr + (i * size + rows)[:, None] * D_V + column[None, :], mask=inside, other=0.0)
-        new_top = tl.maximum(top, other_top)
-        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-        old, new = tl.exp2(top - safe), tl.exp2(other_top - safe)
-        o = o * old[:, None] + other * new[:, None]
-        total = total * old + other_total * new
-        top = new_top
+    for first in range(0, count, 16):
+        weights, old, top, total = together(stat_ptr, first, count, rows, size, top, total, 16)
+        o *= old[:, None]
+        for i in tl.range(0, tl.minimum(count - first, 16), num_stages=3):
+            other = tl.load(part_ptr + ((first + i) * size + rows)[:, None] * D_V + column[None, :], mask=inside, other=0.0)
+            o += other * tl.sum(tl.where((tl.arange(0, 16) == i)[:, None], weights, 0.0), 0)[:, None]
     return o / tl.where(total > 0, total, 1.0)[:, None]  # o is 0 where total is
 
 
@@ -91,14 +99,16 @@ def decode_merge_fwd_kernel(
     g_cmp_ptr,  # [S, TOKENS, Hq]
     g_slc_ptr,
     g_swa_ptr,
-    part_ptr,  # [S, TOKENS, Hkv, PIECES, G_PAD, D_V] fp32
-    stat_ptr,  # [S, TOKENS, Hkv, PIECES, 2, G_PAD] fp32
+    part_ptr,  # [S, TOKENS, Hkv, pieces, G_PAD, D_V] fp32
+    stat_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD] fp32
     arrived_ptr,  # [S, TOKENS, Hkv] int32, 0
     o_ptr,  # [S, TOKENS, Hq, D_V], contiguous
     scale: tl.float32,
     heads: tl.int32,
     max_pages: tl.int32,
     splits: tl.int32,
+    select_pieces: tl.int32,
+    window_pieces: tl.int32,
     stride_qs: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -115,8 +125,6 @@ def decode_merge_fwd_kernel(
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     WINDOW: tl.constexpr,
-    SELECT_PIECES: tl.constexpr,
-    WINDOW_PIECES: tl.constexpr,
     STAGES: tl.constexpr,
     TYPES: tl.constexpr,
 ):
@@ -134,7 +142,7 @@ def decode_merge_fwd_kernel(
     q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
     qk_scale = scale * 1.4426950408889634
     v_scale = 1.0
-    sliding = piece >= SELECT_PIECES
+    sliding = piece >= select_pieces
     if k_scale_ptr is not None:
         branch = sliding.to(tl.int32) * heads + head
         qk_scale *= tl.load(k_scale_ptr + branch)
@@ -152,30 +160,30 @@ def decode_merge_fwd_kernel(
     first_tile = first_key // SELECTED
     tiles = tl.where(sliding, position // SELECTED + 1 - first_tile, tl.sum((indices >= 0).to(tl.int32), 0))
     tiles = tl.where(position >= 0, tiles, 0)
-    pieces = tl.where(sliding, WINDOW_PIECES, SELECT_PIECES)
+    pieces = tl.where(sliding, window_pieces, select_pieces)
     each = (tiles + pieces - 1) // pieces
-    begin = tl.where(sliding, piece - SELECT_PIECES, piece) * each
+    begin = tl.where(sliding, piece - select_pieces, piece) * each
     for i in tl.range(begin, tl.minimum(begin + each, tiles), num_stages=STAGES):
         block = tl.where(sliding, first_tile + i, tl.sum(tl.where(slots == i, indices, 0), 0))
         key0 = block * SELECTED
         k = load_page_rows(k_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_QK, DQ).to(q.dtype)
-        v = load_page_rows(v_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_V, DV).to(q.dtype)
+        v = load_page_rows(v_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_V, DV)
         seen = (key0 + inner <= position) & (key0 + inner >= first_key)
-        top, total, o, _, _ = attend(q, k, v, seen[None, :], top, total, o, qk_scale)
-
+        top, total, weights, old, _, _ = attend(q, k, seen[None, :], top, total, qk_scale)
+        o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
     column = tl.arange(0, DV)
     inside = valid[:, None] & (column < D_V)[None, :]
-    part = here * (SELECT_PIECES + WINDOW_PIECES) + piece
+    part = here * (select_pieces + window_pieces) + piece
     tl.store(part_ptr + (part * G_PAD + member)[:, None] * D_V + column[None, :], o * v_scale, mask=inside)
     tl.store(stat_ptr + part * (2 * G_PAD) + member, top)
     tl.store(stat_ptr + part * (2 * G_PAD) + G_PAD + member, total)
-    if last_to_arrive(arrived_ptr + here, SELECT_PIECES + WINDOW_PIECES):
-        first = here * (SELECT_PIECES + WINDOW_PIECES)
+    if last_to_arrive(arrived_ptr + here, select_pieces + window_pieces):
+        first = here * (select_pieces + window_pieces)
         parts, stats = part_ptr + first * G_PAD * D_V, stat_ptr + first * (2 * G_PAD)
-        o_slc = gather(parts, stats, SELECT_PIECES, member, G_PAD, inside, column, D_V, G_PAD, DV)
-        parts += SELECT_PIECES * G_PAD * D_V
-        stats += SELECT_PIECES * (2 * G_PAD)
-        o_swa = gather(parts, stats, WINDOW_PIECES, member, G_PAD, inside, column, D_V, G_PAD, DV)
+        o_slc = gather(parts, stats, select_pieces, member, G_PAD, inside, column, D_V, G_PAD, DV)
+        parts += select_pieces * G_PAD * D_V
+        stats += select_pieces * (2 * G_PAD)
+        o_swa = gather(parts, stats, window_pieces, member, G_PAD, inside, column, D_V, G_PAD, DV)
         first = (sequence.to(tl.int64) * heads + head) * splits
         rows = tl.minimum(token * G + member, M - 1)
         o_cmp = gather(
@@ -198,8 +206,6 @@ def types(*tensors):
 _TOKENS = 1
 _M = 16
 _G_PAD = 16
-_SELECT_PIECES = 4
-_WINDOW_PIECES = 2
 _merge = Launcher(
     decode_merge_fwd_kernel,
     {
@@ -216,12 +222,11 @@ _merge = Launcher(
         "COUNT": 16,
         "SLOTS": 16,
         "WINDOW": 512,
-        "SELECT_PIECES": _SELECT_PIECES,
-        "WINDOW_PIECES": _WINDOW_PIECES,
         "STAGES": 3,
     },
     num_warps=4,
     num_stages=3,
+    maxnreg=None,
 )
 
 
@@ -245,12 +250,16 @@ def decode_merge_fwd(
         o: [S, tokens, Hq, D_V] contiguous, written.
     """
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
-    pieces = _SELECT_PIECES + _WINDOW_PIECES
+    # Programs that share a token's chosen blocks, and those of its window, 2 blocks each at least.
+    share = 256 // max(sequences * _TOKENS * heads, 1)
+    select = max(min(2 * share // 3, 16 // 2), 1)
+    window = max(min(share - select, 9 // 2), 1)
+    pieces = select + window
     part = torch.empty((sequences, _TOKENS, heads, pieces, _G_PAD, v_pages.shape[3]), dtype=torch.float32, device=device)
     stat = torch.empty((sequences, _TOKENS, heads, pieces, 2, _G_PAD), dtype=torch.float32, device=device)
     _merge(
         (pieces, _TOKENS * heads, sequences),
         q, k_pages, v_pages, k_scale, v_scale, cmp_scale, selected, sliding, slots, lengths, block_indices, cmp_part, cmp_stat,
-        g_cmp, g_slc, g_swa, part, stat, arrived, o, scale, heads, selected.shape[1], cmp_part.shape[2], *q.stride()[:3],
+        g_cmp, g_slc, g_swa, part, stat, arrived, o, scale, heads, selected.shape[1], cmp_part.shape[2], select, window, *q.stride()[:3],
         TYPES=types(g_cmp),
     )  # fmt: skip

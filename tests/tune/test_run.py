@@ -319,13 +319,13 @@ def test_specs_of_equal_geometry_are_tuned_once():
 # --- kernels that serve from a cache --------------------------------------------------------------------------------------------
 
 
-def pieces(c):
-    return c.as_dict().get("SPLITS") or c.as_dict().get("SELECT_PIECES") or 1
+def many(c):
+    return c.as_dict().get("PROGRAMS", 64) >= 512
 
 
 def decode_milliseconds(c, point):
     """Many pieces for one sequence, few for many."""
-    return (1 if (pieces(c) >= 8) == (point.batch == 1) else 2) * point.seqlen * point.batch / 2**20
+    return (1 if many(c) == (point.batch == 1) else 2) * point.seqlen * point.batch / 2**20
 
 
 def test_decode_rows_are_found_by_the_lookup(tmp_path, monkeypatch):
@@ -341,7 +341,7 @@ def test_decode_rows_are_found_by_the_lookup(tmp_path, monkeypatch):
             found = lookup.resolve(problem, Shape(shape.seqlen, shape.batch * made.heads.kv), machine.DEVICE)
             assert found.exact and found.source == "device table" and found.row in summary.rows, found.reason
             if problem.kernel != "cache_append":
-                assert (pieces(found.config) >= 8) == (shape.batch == 1)
+                assert many(found.config) == (shape.batch == 1)
         # lengths between those of a batch are one of its rows' too
         assert lookup.resolve(problem, Shape(20_000, made.heads.kv), machine.DEVICE).exact
         other = configs.problem(problem.kernel, made)
