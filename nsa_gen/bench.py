@@ -1,4 +1,4 @@
-"""``nsa-gen bench``: the forward of one spec (or a training step), whole and by part, against full attention, interleaved in one run.
+"""``nsa-gen bench``: the forward of one spec (a training step, a step of decoding), whole and by part, against full attention, interleaved.
 
 Everything is measured the same way (``nsa_gen.timing``: cold L2, launches unrolled in a CUDA graph), so launch overhead is left out
 on all sides. Full attention is torch's ``scaled_dot_product_attention`` on its flash and cuDNN backends, causal, with the same heads. The
@@ -9,54 +9,75 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import bench_training
+from . import bench_decode, bench_training
+from .config import Cached
 from .device import current
 from .errors import InputError, NSAError
+from .geometry import TuneShape
 from .spec import Spec
 
 SEQLENS = (8192, 16384, 32768, 65536)
+#: Of decoding: sequences and the tokens that each has.
+DECODED = (TuneShape(1, 65536), TuneShape(64, 8192), TuneShape(64, 32768), TuneShape(32, 65536), TuneShape(32, 131072))
 Progress = Callable[[str, int, int], None]
 
 
 def run(
-    spec: Spec, seqlens: list[int] | None = None, *, rounds: int = 10, training: bool = False, progress: Progress | None = None
+    spec: Spec,
+    shapes: list[TuneShape] | None = None,
+    *,
+    rounds: int = 10,
+    training: bool = False,
+    cached: Cached | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure on the current GPU.
 
     Args:
         spec: geometry; its dtype must be one torch's fused attention takes for the comparison to run (bfloat16, float16).
-        seqlens: lengths of the one sequence of each shape.
+        shapes: the length of the one sequence; of decoding, sequences and tokens that each has.
         rounds: interleaved rounds; medians and the bootstrap interval of the speed-ups are over these.
         training: forward and backward instead of the forward for inference.
+        cached: a step of decoding from such a cache instead.
         progress: called with a description, steps done, steps in all.
 
     Returns:
-        plain values: ``spec``, ``environment``, ``ceilings``, ``whole`` (the entry that is compared) and ``shapes``, each with ``entries``
-        (median, p20, p80 in ms, TFLOP/s where the arithmetic is known, peak MiB beyond the inputs; or ``error``) and ``speedups`` of the
-        whole over each full attention.
+        plain values: ``spec``, ``environment``, ``ceilings``, ``whole`` (the entry that is compared), of decoding ``cached``, and
+        ``shapes``, each with ``batch``, ``seqlen``, ``entries`` (median, p20, p80 in ms, TFLOP/s where the arithmetic is known, peak MiB
+        beyond the inputs; or ``error``), of decoding ``limit_ms`` (what must be read, at the copy bandwidth), and ``speedups`` of the whole
+        over each full attention.
 
     Raises:
         TargetError: no GPU.
+        InputError: several sequences of what is not decoding.
     """
     device = current()
-    seqlens = seqlens or list(SEQLENS)
-    steps = len(seqlens) + 1
+    shapes = shapes or (list(DECODED) if cached else [TuneShape(1, n) for n in SEQLENS])
+    if cached is None and any(shape.batch > 1 for shape in shapes):
+        raise InputError("bench measures one sequence: BATCHxLENGTH goes with --decode")
+    steps = len(shapes) + 1
     report = progress or (lambda description, done, total: None)
     report("ceilings", 0, steps)
     result: dict[str, Any] = {
         "spec": spec.to_dict(),
         "environment": {"slug": device.slug, **_environment()},
         "ceilings": _ceilings(),
-        "whole": bench_training.WHOLE if training else WHOLE,
+        "whole": bench_decode.WHOLE if cached else bench_training.WHOLE if training else WHOLE,
         "shapes": [],
     }
-    for done, seqlen in enumerate(seqlens, 1):
-        report(f"{spec.name}, {seqlen} tokens", done, steps)
-        result["shapes"].append(_shape(spec, seqlen, rounds, training))
+    if cached:
+        result["cached"] = asdict(cached)
+    for done, shape in enumerate(shapes, 1):
+        report(f"{spec.name}, {shape.batch} x {shape.seqlen} tokens", done, steps)
+        found = _decoded(spec, cached, shape, rounds) if cached else _shape(spec, shape.seqlen, rounds, training)
+        if cached:
+            found["limit_ms"] = bench_decode.needed(spec, cached, shape) / result["ceilings"]["copy_tb_s"] / 1e9
+        result["shapes"].append({"batch": shape.batch, **found})
     report("done", steps, steps)
     return result
 
@@ -222,33 +243,79 @@ _FULL = {"full, flash": "FLASH_ATTENTION", "full, cuDNN": "CUDNN_ATTENTION"}
 def _shape(spec: Spec, seqlen: int, rounds: int, training: bool) -> dict[str, Any]:
     import torch
 
-    from . import timing
-
     given = tensors(spec, seqlen)
     entries: list[dict[str, Any]] = []
-    calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, Any] = {}
     whole = bench_training.WHOLE if training else WHOLE
     try:
         found = (bench_training.parts if training else parts)(spec, given)
     except (NSAError, torch.OutOfMemoryError) as error:
-        entries.append({"name": whole, "error": str(error).partition("\n")[0]})
+        entries.append(_failed(whole, error))
     notes: dict[str, str] = {}
     for name, backend in _FULL.items():
         try:
             found[name], notes[name] = full_attention(spec, given, backend, training)
         except (InputError, torch.OutOfMemoryError) as error:
-            entries.append({"name": name, "error": str(error).partition("\n")[0]})
+            entries.append(_failed(name, error))
+    work = bench_training.flops(spec, seqlen) if training else _flops(spec, seqlen)
+    return {"seqlen": seqlen, **_measured(whole, found, entries, notes, work, rounds)}
+
+
+def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int) -> dict[str, Any]:
+    import torch
+
+    from . import timing
+
+    entries: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    try:
+        found = bench_decode.parts(spec, cached, shape, tensors(spec, 1))
+    except (NSAError, torch.OutOfMemoryError) as error:
+        entries.append(_failed(bench_decode.WHOLE, error))
+    step = found.get(bench_decode.WHOLE)
+    for name, backend in _FULL.items():
+        try:
+            found[name] = bench_decode.full_attention(spec, cached, shape, backend)
+        except RuntimeError as error:
+            entries.append(_failed(name, error))
+    result = _measured(bench_decode.WHOLE, found, entries, {}, {}, rounds)
+    if step is not None:  # launched one by one: cannot be timed in turn with graphs
+        timed = timing.measure(step, graph=False)
+        result["entries"].append(
+            {
+                "name": bench_decode.EAGER,
+                "note": "",
+                "peak_mib": 0.0,
+                "p20_ms": timed.p20,
+                "median_ms": timed.median_ms,
+                "p80_ms": timed.p80,
+            }
+        )
+    return {"seqlen": shape.seqlen, **result}
+
+
+def _failed(name: str, error: Exception) -> dict[str, Any]:
+    return {"name": name, "error": str(error).partition("\n")[0]}
+
+
+def _measured(
+    whole: str, found: dict[str, Any], entries: list[dict[str, Any]], notes: dict[str, str], work: dict[str, float], rounds: int
+) -> dict[str, Any]:
+    """The calls of ``found`` in turn: their entries, behind those given, and how much faster ``whole`` is than full attention."""
+    import torch
+
+    from . import timing
+
+    calls: dict[str, Callable[[], Any]] = {}
     for name, call in found.items():
         try:
             peak = _peak_mib(call)
         except (NSAError, torch.OutOfMemoryError) as error:
-            entries.append({"name": name, "error": str(error).partition("\n")[0]})
+            entries.append(_failed(name, error))
             continue
         calls[name] = call
         entries.append({"name": name, "peak_mib": peak, "note": notes.get(name, "")})
     samples = dict(zip(calls, timing.interleaved(list(calls.values()), rounds), strict=True))
-    work = bench_training.flops(spec, seqlen) if training else _flops(spec, seqlen)
     for entry in entries:
         if entry["name"] not in samples:
             continue
@@ -262,7 +329,7 @@ def _shape(spec: Spec, seqlen: int, rounds: int, training: bool) -> dict[str, An
         if name in samples and whole in samples:
             estimate, low, high = timing.speedup_interval(samples[name], samples[whole])
             speedups[name] = {"estimate": estimate, "low": low, "high": high}
-    return {"seqlen": seqlen, "entries": entries, "speedups": speedups}
+    return {"entries": entries, "speedups": speedups}
 
 
 def _peak_mib(call: Callable[[], Any]) -> float:
@@ -311,27 +378,40 @@ def title(result: dict[str, Any]) -> str:
 def rows(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """Columns and rows to print."""
     found: list[tuple[Any, ...]] = []
+    digits = 4 if "cached" in result else 3
     for shape in result["shapes"]:
+        at = _label(shape) if "cached" in result else shape["seqlen"]
         for entry in shape["entries"]:
             name = entry["name"] + (f" ({entry['note']})" if entry.get("note") else "")
             if "error" in entry:
-                found.append((shape["seqlen"], name, entry["error"], None, None, None, None))
+                found.append((at, name, entry["error"], None, None, None, None))
                 continue
             gain = shape["speedups"].get(entry["name"])
             tflop = f"{entry['tflop_s']:.0f}" if "tflop_s" in entry else None
-            spread = f"{entry['p20_ms']:.3f} - {entry['p80_ms']:.3f}"
+            spread = f"{entry['p20_ms']:.{digits}f} - {entry['p80_ms']:.{digits}f}"
             ours = f"{gain['estimate']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]" if gain else None
-            found.append((shape["seqlen"], name, f"{entry['median_ms']:.3f}", spread, tflop, f"{entry['peak_mib']:.0f}", ours))
+            found.append((at, name, f"{entry['median_ms']:.{digits}f}", spread, tflop, f"{entry['peak_mib']:.0f}", ours))
+        if "limit_ms" in shape:
+            found.append((at, "bytes that must be read, at the copy bandwidth", f"{shape['limit_ms']:.{digits}f}", None, None, None, None))
     return ("seqlen", "what", "ms", "p20 - p80", "TFLOP/s", "peak MiB", "NSA is faster by"), found
 
 
+def _label(shape: dict[str, Any]) -> str:
+    """``32x64k``."""
+    n = shape["seqlen"]
+    return f"{shape['batch']}x{n // 1024}k" if n % 1024 == 0 else f"{shape['batch']}x{n}"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time against sequence length of the whole forward and of full attention, and the forward's parts stacked; needs matplotlib."""
+    """Time against sequence length of the whole and of full attention, and the parts stacked; needs matplotlib."""
     from matplotlib.figure import Figure
 
     shapes = [shape for shape in result["shapes"] if any("median_ms" in entry for entry in shape["entries"])]
     if not shapes:
         raise InputError("nothing was measured, so there is nothing to draw")
+    if "cached" in result:
+        _plot_decoding(result, shapes, path)
+        return
     times = {(s["seqlen"], e["name"]): e["median_ms"] for s in shapes for e in s["entries"] if "median_ms" in e}
     lengths = [shape["seqlen"] for shape in shapes]
     names = list(dict.fromkeys(entry["name"] for shape in shapes for entry in shape["entries"]))
@@ -354,5 +434,31 @@ def plot(result: dict[str, Any], path: Path) -> None:
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
     right.set(xlabel="sequence length", ylabel="ms, parts of the forward" if whole == WHOLE else "ms, parts of the backward")
     right.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _plot_decoding(result: dict[str, Any], shapes: list[dict[str, Any]], path: Path) -> None:
+    """A step over the tokens of a sequence, a panel for each number of sequences: NSA, full attention, and what reading takes."""
+    from matplotlib.figure import Figure
+
+    batches = sorted({shape["batch"] for shape in shapes})
+    figure = Figure(figsize=(3.4 * len(batches) + 1, 3.6), layout="constrained")
+    figure.suptitle(f"{title(result)}\n{result['cached']['storage']} cache, CUDA graphs", fontsize=8)
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for panel, batch in zip(panels, batches, strict=True):
+        here = sorted((shape for shape in shapes if shape["batch"] == batch), key=lambda shape: shape["seqlen"])
+        lengths = [shape["seqlen"] for shape in here]
+        for name in (bench_decode.WHOLE, *_FULL):
+            known = [(s["seqlen"], e["median_ms"]) for s in here for e in s["entries"] if e["name"] == name and "median_ms" in e]
+            if known:
+                panel.plot(*zip(*known, strict=True), marker="o", label=name)
+        panel.plot(lengths, [shape["limit_ms"] for shape in here], marker=".", linestyle=":", label="bytes at copy bandwidth")
+        panel.set(
+            xscale="log", yscale="log", title=f"{batch} sequences" if batch > 1 else "1 sequence", xlabel="tokens", ylabel="ms a step"
+        )
+        panel.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], minor=False)
+        panel.minorticks_off()
+    panels[0].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

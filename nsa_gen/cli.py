@@ -38,6 +38,11 @@ SpecArg = Annotated[str, typer.Argument(metavar="SPEC", help="A name (see: nsa-g
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Target = Annotated[str | None, typer.Option("--target", "-t", help="Device slug (nvidia-h200) or arch (sm_80 … sm_120, gfx942).")]
 Kernels = Annotated[list[str] | None, typer.Option("--kernels", "-k", help="Only these kernels (again for more, or comma-separated).")]
+KVDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", help="With --decode: what the cache stores, the spec's dtype (default) or float8_e4m3fn.")
+]
+PageSize = Annotated[int | None, typer.Option("--page-size", help="With --decode: rows a page (default 64).")]
+NewTokens = Annotated[int | None, typer.Option("--tokens", help="With --decode: new tokens of a sequence a step (default 1).")]
 Seqlens = Annotated[list[str] | None, typer.Option("--seqlen", "-n", help="Sequence lengths: 8192, 64k (again for more, or commas).")]
 
 
@@ -253,11 +258,9 @@ def tune(
     varlen: Annotated[bool, typer.Option("--varlen", help="Tune the kernels of cu_seqlens calls instead.")] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Tune the kernels of deterministic calls instead.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Tune the kernels that serve from a KV cache instead.")] = False,
-    kv_dtype: Annotated[
-        str | None, typer.Option("--kv-dtype", help="With --decode: what the cache stores, the spec's dtype (default) or float8_e4m3fn.")
-    ] = None,
-    page_size: Annotated[int | None, typer.Option("--page-size", help="With --decode: rows a page (default 64).")] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="With --decode: new tokens of a sequence a step (default 1).")] = None,
+    kv_dtype: KVDtype = None,
+    page_size: PageSize = None,
+    tokens: NewTokens = None,
     storage: Annotated[str | None, typer.Option("--storage", help="Optuna storage URL several machines share.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -281,26 +284,40 @@ def tune(
 @app.command()
 def bench(
     spec: SpecArg,
-    seqlen: Seqlens = None,
+    seqlen: Annotated[
+        list[str] | None,
+        typer.Option("--seqlen", "-n", help="Lengths: 8192, 64k; with --decode BATCHxLENGTH, 32x64k (again for more, or commas)."),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="Interleaved rounds.")] = 10,
     training: Annotated[bool, typer.Option("--training", help="Forward and backward.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="A step of decoding from a KV cache.")] = False,
+    kv_dtype: KVDtype = None,
+    page_size: PageSize = None,
+    tokens: NewTokens = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result as JSON to FILE (- for stdout).", metavar="FILE")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the result to FILE (.svg, .png, .pdf).", metavar="FILE")] = None,
 ) -> None:
-    """Time SPEC, whole and by part, against full attention, in one interleaved run on this GPU: its forward, or a training step."""
+    """Time SPEC, whole and by part, against full attention, in one interleaved run on this GPU: its forward, a training step, or a step of
+    decoding."""
     from . import bench as benchmark
+    from . import config
     from . import spec as specs
 
-    chosen, lengths = specs.load(spec), console.lengths(seqlen) or None
+    chosen, shapes = specs.load(spec), console.shapes(seqlen) or None
+    if training and decode:
+        raise InputError("--training and --decode: one of them")
+    if not decode and (kv_dtype, page_size, tokens) != (None, None, None):
+        raise InputError("--kv-dtype, --page-size and --tokens go with --decode")
+    cached = config.cache_of(chosen, kv_dtype, page_size, tokens or 1) if decode else None
     with console.progress(str(json_file) == "-") as bar:
         task = bar.add_task("measuring", total=None)
 
         def step(description: str, done: int, total: int) -> None:
             bar.update(task, description=description, completed=done, total=total)
 
-        result = benchmark.run(chosen, lengths, rounds=rounds, training=training, progress=step)
+        result = benchmark.run(chosen, shapes, rounds=rounds, training=training, cached=cached, progress=step)
     if str(json_file) == "-":
         console.emit(result)
     else:

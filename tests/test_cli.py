@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nsa_gen import bench, config, console, demo, doctor, paths, precompile, space, spec, tables
+from nsa_gen import bench, bench_decode, config, console, demo, doctor, paths, precompile, space, spec, tables
 from nsa_gen.cli import main
 from nsa_gen.errors import InputError
+from nsa_gen.geometry import TuneShape
 from nsa_gen.render import render
 from nsa_gen.row import Row
 from nsa_gen.table import Table
@@ -106,7 +107,7 @@ def test_spec_validate(nsa, tmp_path):
         (("spec", "show", "gqa16-d182"), "gqa16-d128"),
         (("generate", "tiny", "-t", "h100", "-o", "x"), "allowed: nvidia-a100-40gb"),
         (("verify", "tiny", "-k", "sliding"), "sliding_attention_fwd"),
-        (("bench", "tiny", "-n", "64x"), "64k is 65536"),
+        (("bench", "tiny", "-n", "64x"), "32x64k is 32 sequences of 65536"),
         (("tune", "tiny", "--budget", "soon"), "90s, 5m, 2h"),
         (("tune", "tiny", "-n", "32x"), "LENGTH or BATCHxLENGTH"),
         (("tune", "tiny", "--decode", "--kv-dtype", "int8"), "allowed: float32, float8_e4m3fn"),
@@ -305,6 +306,49 @@ def test_bench_shows_and_draws_a_result(tmp_path):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError):
         bench.plot({**result, "shapes": []}, tmp_path / "none.png")
+
+
+def test_bench_of_decoding_shows_and_draws_a_result(tmp_path):
+    entry = {"peak_mib": 1.0, "note": "", "p20_ms": 0.1, "median_ms": 0.125, "p80_ms": 0.2}
+    shapes = [
+        {
+            "batch": batch, "seqlen": 65536, "limit_ms": 0.0625, "speedups": {},
+            "entries": [{"name": name, **entry} for name in ("decode step", "append", "full, flash", "decode step, eager")],
+        }
+        for batch in (1, 32)
+    ]  # fmt: skip
+    there = {"slug": "nvidia-h200", "device": "NVIDIA H200", "torch": "2.13", "triton": "3.7"}
+    result = {
+        "spec": spec.load("tiny").to_dict(), "environment": there, "shapes": shapes, "whole": "decode step",
+        "cached": {"storage": "float8_e4m3fn", "page_size": 64, "tokens": 1, "branches": 1},
+        "ceilings": {"copy_tb_s": 4.27, "matmul_bf16_tflop_s": 686.0},
+    }  # fmt: skip
+    columns, rows = bench.rows(result)
+    assert all(len(row) == len(columns) for row in rows)
+    assert ("32x64k", "decode step", "0.1250", "0.1000 - 0.2000", None, "1", None) in rows
+    assert any(row[:3] == ("1x64k", "bytes that must be read, at the copy bandwidth", "0.0625") for row in rows)
+    pytest.importorskip("matplotlib")
+    bench.plot(result, tmp_path / "b.svg")
+    drawn = (tmp_path / "b.svg").read_text()
+    assert "<svg" in drawn
+
+
+def test_bytes_that_a_step_must_read():
+    chosen = spec.load("gqa16-d128")
+    a_row = 4 * 256
+    for n, rows in ((65536, 4095 + 1024 + 512), (100, 5 + 100 + 100), (8, 0 + 8 + 8)):
+        assert bench_decode.needed(chosen, config.cache_of(chosen), TuneShape(3, n)) == 3 * rows * a_row * 2
+        assert bench_decode.needed(chosen, config.cache_of(chosen, config.FP8), TuneShape(3, n)) == 3 * rows * a_row
+
+
+def test_bench_refuses_options_that_do_not_go_together(nsa):
+    for options, why in (
+        (("--training", "--decode"), "one of them"),
+        (("--kv-dtype", "float8_e4m3fn"), "go with --decode"),
+        (("--decode", "--kv-dtype", "int8"), "storage of a cache"),
+    ):
+        code, _, err = nsa("bench", "tiny", *options)
+        assert code == 2 and why in err
 
 
 def test_bench_without_a_gpu_says_so(nsa, monkeypatch):

@@ -21,7 +21,7 @@ FLOORS = (
     ("kernels",),
     ("branches", "replay"),
     ("register", "operators", "ops", "cache", "serving", "rope", "module", "huggingface", "verify"),
-    ("console", "generate", "bench_training", "bench", "tables", "tune", "report", "doctor", "demo"),
+    ("console", "generate", "bench_training", "bench_decode", "bench", "tables", "tune", "report", "doctor", "demo"),
     ("cli",),
     ("__main__", "__init__"),
 )
