@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def run(
         "shapes": [],
     }
     if cached:
-        result["cached"] = asdict(cached)
+        result["cached"] = cached._asdict()
     for done, shape in enumerate(shapes, 1):
         report(f"{spec.name}, {shape.batch} x {shape.seqlen} tokens", done, steps)
         found = _decoded(spec, cached, shape, rounds) if cached else _shape(spec, shape.seqlen, rounds, training)

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from nsa_gen import bench, bench_decode, config, console, demo, doctor, paths, precompile, space, spec, tables
+from nsa_gen import bench, bench_decode, config, console, demo, doctor, paths, precompile, space, spec, tables, timing
 from nsa_gen.cli import main
 from nsa_gen.errors import InputError
 from nsa_gen.geometry import TuneShape
@@ -331,6 +332,35 @@ def test_bench_of_decoding_shows_and_draws_a_result(tmp_path):
     bench.plot(result, tmp_path / "b.svg")
     drawn = (tmp_path / "b.svg").read_text()
     assert "<svg" in drawn
+
+
+def test_bench_of_decoding_puts_together_what_it_measures(monkeypatch):
+    """Without a GPU: only what is timed is replaced."""
+    calls = {name: lambda: None for name in ("decode step", "append")}
+
+    def refused(*_):
+        raise RuntimeError("no such backend\nand more")
+
+    monkeypatch.setattr(bench, "current", lambda: SimpleNamespace(slug="test"))
+    monkeypatch.setattr(bench, "_environment", dict)
+    monkeypatch.setattr(bench, "_ceilings", lambda: {"copy_tb_s": 4.0, "matmul_bf16_tflop_s": 1.0})
+    monkeypatch.setattr(bench, "_peak_mib", lambda call: 1.0)
+    monkeypatch.setattr(bench, "tensors", lambda *_: {})
+    monkeypatch.setattr(bench_decode, "parts", lambda *_: dict(calls))
+    monkeypatch.setattr(bench_decode, "full_attention", refused)
+    monkeypatch.setattr(timing, "interleaved", lambda functions, rounds: [[0.25] * rounds for _ in functions])
+    monkeypatch.setattr(timing, "measure", lambda call, graph: timing.Timing.of([0.5]))
+    chosen, shapes = spec.load("gqa16-d128"), [TuneShape(2, 4096), TuneShape(1, 64)]
+    result = bench.run(chosen, shapes, rounds=3, cached=config.cache_of(chosen, config.FP8))
+    assert json.loads(json.dumps(result))["cached"] == {"storage": config.FP8, "page_size": 64, "tokens": 1, "branches": 1}
+    assert [(s["batch"], s["seqlen"]) for s in result["shapes"]] == [(2, 4096), (1, 64)]
+    entries = {e["name"]: e for e in result["shapes"][0]["entries"]}
+    assert entries["decode step"]["median_ms"] == 0.25 and entries["decode step, eager"]["median_ms"] == 0.5
+    assert entries["full, cuDNN"]["error"] == "no such backend"
+    assert result["shapes"][0]["limit_ms"] == bench_decode.needed(chosen, config.cache_of(chosen, config.FP8), shapes[0]) / 4e9
+    assert len(bench.rows(result)[1]) == 2 * 6
+    with pytest.raises(InputError, match="goes with --decode"):
+        bench.run(chosen, shapes)
 
 
 def test_bytes_that_a_step_must_read():
