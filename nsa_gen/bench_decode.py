@@ -73,32 +73,30 @@ def parts(spec: Spec, cached: Cached, shape: TuneShape, given: dict[str, Any]) -
         return attend()
 
     at = Shape(shape.seqlen, shape.batch * spec.heads.kv)
-    choose, merge = (
+    begin, end = (
         getattr(kernels.get(problem(name, spec, which=cached), at, kernels.default_device()), name)
-        for name in ("decode_compressed_fwd", "decode_merge_fwd")
+        for name in ("decode_dense_fwd", "decode_selected_fwd")
     )
     selected, sliding, compressed = (cache.tables[i] for i in decode.STREAMS[len(cache.streams)])
-    k_cmp_scale, k_scale, v_scale, v_cmp_scale = cache.scales or (None,) * 4
+    k_dense_scale, k_scale, v_scale = cache.scales or (None,) * 3
     blocks = torch.empty(shape.batch, tokens, spec.heads.kv, spec.selection.count, dtype=torch.int32, device="cuda")
     pages, where, scale = (cache.k_pages, cache.v_pages), (slots, cache.lengths), spec.head_dim.qk**-0.5
-
-    def compressed_branch() -> Any:
-        return choose(q, *pages, k_cmp_scale, compressed, *where, cache.arrived, blocks, shape.seqlen, scale)
-
-    part, stat = compressed_branch()
     o = torch.empty(shape.batch, tokens, heads, spec.head_dim.v, **made)
 
-    def rest() -> None:
-        merge(
-            q, *pages, k_scale, v_scale, v_cmp_scale, selected, sliding, *where, blocks, part, stat, *gates, cache.arrived, o, scale
-        )  # fmt: skip
+    def first() -> Any:
+        return begin(q, *pages, k_dense_scale, compressed, sliding, *where, cache.arrived, blocks, shape.seqlen, scale)
+
+    dense = first()
+
+    def second() -> None:
+        end(q, *pages, k_scale, v_scale, selected, *where, blocks, *dense, *gates, cache.arrived, o, scale)
 
     return {
         WHOLE: step,
         "without the append": attend,
         "append": append,
-        "compressed, choice of blocks": compressed_branch,
-        "selected, sliding, gates": rest,
+        "compressed, sliding, choice of blocks": first,
+        "selected, gates": second,
     }
 
 

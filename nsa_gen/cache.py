@@ -125,10 +125,10 @@ class PagedKVCache:
         self.max_seqlen = max_seqlen
         self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
         self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, dtype=torch.int32, **made)
-        chosen = list(decode.STREAMS[len(streams)])
-        #: What decoding multiplies by: compressed K, selected and sliding K, the same of V, compressed V; nothing where nothing is scaled.
+        selected, sliding, compressed = decode.STREAMS[len(streams)]
+        #: What decoding multiplies by: compressed and sliding K, selected K, all of V; nothing where nothing is scaled.
         self.scales: tuple[Tensor, ...] = () if self.storage is self.dtype else (
-            self.k_scale[-1], self.k_scale[chosen[:2]], self.v_scale[chosen[:2]], self.v_scale[-1],
+            self.k_scale[[compressed, sliding]], self.k_scale[selected], self.v_scale[[compressed, selected, sliding]],
         )  # fmt: skip
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ KEY = {
     "selection_block": 16, "count": 4, "initial": 1, "local": 1, "mapping": "overlap", "window": 24, "page_size": 16, "tokens": 1,
     "pooling": "mean", "hidden": 0, "hidden_v": 0, "branches": 1,
 }  # fmt: skip
-KERNELS = ("decode_compressed_fwd", "decode_merge_fwd")
+KERNELS = ("decode_dense_fwd", "decode_selected_fwd")
 #: Lengths at which a block, a stride, a window, a page begins or ends.
 EDGES = (1, 7, 8, 9, 11, 12, 15, 16, 17, 23, 24, 25, 31, 32, 33, 64, 65, 100)
 
@@ -33,7 +33,7 @@ def problem(kernel: str, **changes) -> Problem:
 
 
 def built(p: Problem, **changes) -> Config:
-    few = {"LEAST": 1} if p.kernel == "decode_compressed_fwd" else {}  # or these short sequences are never split
+    few = {"LEAST": 1} if p.kernel == "decode_dense_fwd" else {}  # or these short sequences are never split
     made = space.safe(p).replace(**few | changes)
     space.check(p, made)
     return made
@@ -97,21 +97,21 @@ def test_blocks_and_pages(kernel, block, page_size, count):
 @runs
 @pytest.mark.parametrize(("mapping", "block", "stride"), [("literal", 8, 4), ("overlap", 16, 4), ("literal", 16, 8), ("overlap", 8, 8)])
 def test_mappings(mapping, block, stride):
-    p = problem("decode_compressed_fwd", mapping=mapping, block=block, stride=stride)
+    p = problem("decode_dense_fwd", mapping=mapping, block=block, stride=stride)
     held(p, built(p), (150, 40, 65))
 
 
 @runs
 @pytest.mark.parametrize(("initial", "local", "count"), [(0, 0, 3), (2, 2, 4), (1, 2, 5), (0, 1, 1)])
 def test_forced_blocks(initial, local, count):
-    p = problem("decode_compressed_fwd", initial=initial, local=local, count=count)
+    p = problem("decode_dense_fwd", initial=initial, local=local, count=count)
     held(p, built(p), (150, 40, 3))
 
 
 @runs
 @pytest.mark.parametrize("changes", [{"LEAST": 8}, {"LEAST": 1}, {"BLOCK_N": 32}, {"BLOCK_B": 64, "num_stages": 3}])
 def test_splits_and_tiles_do_not_change_the_result(changes):
-    p = problem("decode_compressed_fwd", page_size=32, tokens=2)
+    p = problem("decode_dense_fwd", page_size=32, tokens=2)
     one, other = (held(p, built(p, **{"LEAST": 2} | more), (260, 30, 2)) for more in ({}, changes))
     assert torch.equal(one.outputs["block_indices"], other.outputs["block_indices"])
 
@@ -119,7 +119,7 @@ def test_splits_and_tiles_do_not_change_the_result(changes):
 @runs
 @pytest.mark.parametrize("changes", [{"LEAST": 1}, {"PROGRAMS": 64, "num_stages": 3}, {"LEAST": 4, "sum_stages": 3}])
 def test_pieces_do_not_change_the_result(changes):
-    p = problem("decode_merge_fwd", tokens=2)
+    p = problem("decode_selected_fwd", tokens=2)
     one, other = held(p, built(p), (260, 30, 2)), held(p, built(p, **changes), (260, 30, 2))
     torch.testing.assert_close(one.outputs["o"], other.outputs["o"], rtol=1e-5, atol=1e-6)
 
@@ -127,7 +127,7 @@ def test_pieces_do_not_change_the_result(changes):
 @runs
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 500])
 def test_windows(window):
-    p = problem("decode_merge_fwd", window=window)
+    p = problem("decode_dense_fwd", window=window)
     held(p, built(p), EDGES[::2])
 
 
@@ -165,17 +165,17 @@ def test_new_tokens_are_stored_and_pooled(pooling, branches, tokens, storage):
 @pytest.mark.parametrize(
     ("kernel", "changes", "why"),
     [
-        ("decode_compressed_fwd", {"BLOCK_N": 128}, "do not fill pages of 16"),
-        ("decode_merge_fwd", {"LEAST": 4}, "4 of 3 blocks"),
+        ("decode_dense_fwd", {"BLOCK_N": 128}, "do not fill pages of 16"),
+        ("decode_selected_fwd", {"LEAST": 4}, "4 of 3 blocks"),
     ],
 )
 def test_the_space_refuses_what_cannot_be_built(kernel, changes, why):
     with pytest.raises(ConfigError, match=why):
         built(problem(kernel, count=3), **changes)
     with pytest.raises(ConfigError, match="hold no whole number of blocks"):
-        built(problem("decode_compressed_fwd", selection_block=128, page_size=128), BLOCK_N=16)
+        built(problem("decode_dense_fwd", selection_block=128, page_size=128), BLOCK_N=16)
     with pytest.raises(ConfigError, match="more registers than 4 warps"):
-        built(problem("decode_compressed_fwd", tokens=8, group=16, head_dim_v=256), num_warps=4)
+        built(problem("decode_dense_fwd", tokens=8, group=16, head_dim_v=256), num_warps=4)
 
 
 @pytest.mark.parametrize("name", spec.names())
@@ -202,7 +202,7 @@ from nsa_gen import device, inputs, loader, space
 
 arch = sys.argv[1]
 there, found = device.from_name(arch), []
-for kernel in ("decode_compressed_fwd", "decode_merge_fwd"):
+for kernel in ("decode_dense_fwd", "decode_selected_fwd"):
     for changes in ({}, {"storage": FP8}, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}) if arch == "sm_90" else ({},):
         key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16, "selection_block": 64}
         p = problem(kernel, **{**key, "count": 16, "local": 2, "window": 512, "page_size": 64, **changes})
@@ -227,6 +227,6 @@ print(json.dumps([there.shared_bytes, found]))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles(arch, compiled_python):
     limit, found = json.loads(compiled_python(COMPILE, arch).splitlines()[-1])
-    assert {name for name, _, _ in found} == {"decode_compressed_fwd_kernel", "decode_merge_fwd_kernel", "cache_append_kernel"}
+    assert {name for name, _, _ in found} == {"decode_dense_fwd_kernel", "decode_selected_fwd_kernel", "cache_append_kernel"}
     assert all(shared <= limit for _, shared, _ in found), found
     assert all(spills == 0 for _, _, spills in found) or arch != "sm_90", found

@@ -49,41 +49,46 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
     def spread(x, new, length):
         return x.new_full((length, *x.shape[1:]), -1).index_copy(0, new, x)
 
-    def decode_compressed_fwd(q, k_pages, v_pages, k_scale, table, slots, lengths, arrived, block_indices, max_seqlen, scale):
+    def decode_dense_fwd(q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale):
         m = p.tokens * p.group
-        part, stat = torch.zeros(len(q), heads, 1, m, p.head_dim_v), torch.full((len(q), heads, 1, 2, m), -torch.inf)
+        part, stat = torch.zeros(len(q), heads, 2, m, p.head_dim_v), torch.full((len(q), heads, 2, 2, m), -torch.inf)
+        by = [None, None] if k_scale is None else k_scale
         for number, slot, length, whole, new in each(q, slots, lengths):
             rows = range(reference.compressed_count(length, p.block, p.stride))
-            k, v = stream(k_pages, k_scale, table, slot, rows), stream(v_pages, None, table, slot, rows)
+            k, v = stream(k_pages, by[0], compressed, slot, rows), stream(v_pages, None, compressed, slot, rows)
             at = {"scale": scale, "queries": new, "dtype": torch.float32}
             o, lse = reference.compressed_attention(whole, k, v, p.block, p.stride, **at)
             scores = reference.importance(whole, k, spread(lse, new, length), p.block, p.stride, p.selection_block, p.mapping, **at)
             block_indices[number] = reference.select_at(scores, new, p.selection_block, p.count, p.initial, p.local)
-            o, lse = (x.unflatten(1, (heads, p.group)).transpose(0, 1).flatten(1, 2) for x in (o, lse))  # [Hkv, tokens * G, ·]
-            part[number, :, 0], stat[number, :, 0, 0], stat[number, :, 0, 1] = o, lse / math.log(2), lse.isfinite().float()
-        return part, stat
+            first = max(0, length - p.tokens - p.window + 1)
+            k, v = (stream(x, y, sliding, slot, range(first, length)) for x, y in ((k_pages, by[1]), (v_pages, None)))
+            window = reference.sliding_attention(whole[first:], k, v, p.window, **at | {"queries": new - first})
+            for i, several in enumerate(((o, lse), window)):
+                x, y = (x.unflatten(1, (heads, p.group)).transpose(0, 1).flatten(1, 2) for x in several)  # [Hkv, tokens * G, ·]
+                part[number, :, i], stat[number, :, i, 0], stat[number, :, i, 1] = x, y / math.log(2), y.isfinite().float()
+        return part, stat, 1
 
-    def decode_merge_fwd(q, k_pages, v_pages, k_scale, v_scale, cmp_scale, selected, sliding, slots, lengths, block_indices, part, stat,
-                         g_cmp, g_slc, g_swa, arrived, o, scale):  # fmt: skip
-        scales = [(None, None)] * 2 if k_scale is None else list(zip(k_scale, v_scale, strict=True))
+    def decode_selected_fwd(q, k_pages, v_pages, k_scale, v_scale, table, slots, lengths, block_indices, part, stat, splits,
+                            g_cmp, g_slc, g_swa, arrived, o, scale):  # fmt: skip
+        def together(number, head, row, several):
+            top, total = stat[number, head, several, 0, row], stat[number, head, several, 1, row]
+            weight = torch.exp2(top - top.max())
+            return (weight[:, None] * part[number, head, several, row]).sum(0) / (weight * total).sum()
+
         for number, slot, length, whole, new in each(q, slots, lengths):
-            kv = [
-                [stream(pages, scale, table, slot, range(length)) for pages, scale in zip((k_pages, v_pages), by, strict=True)]
-                for table, by in zip((selected, sliding), scales, strict=True)
-            ]
-            at = {"scale": scale, "queries": new, "dtype": torch.float32}
+            k = stream(k_pages, k_scale, table, slot, range(length))
+            v = stream(v_pages, None if v_scale is None else v_scale[1], table, slot, range(length))
             blocks = spread(block_indices[number], new, length)
-            o_slc, _ = reference.selected_attention(whole, *kv[0], blocks, p.selection_block, **at)
-            o_swa, _ = reference.sliding_attention(whole, *kv[1], p.window, **at)
+            at = {"scale": scale, "queries": new, "dtype": torch.float32}
+            o_slc, _ = reference.selected_attention(whole, k, v, blocks, p.selection_block, **at)
             for token in range(p.tokens):
                 for head in range(heads * p.group):
                     row, kv_head = token * p.group + head % p.group, head // p.group
-                    top, total = stat[number, kv_head, :, 0, row], stat[number, kv_head, :, 1, row]
-                    weight = torch.exp2(top - top.max())
-                    o_cmp = (weight[:, None] * part[number, kv_head, :, row]).sum(0) / (weight * total).sum()
-                    o_cmp = o_cmp if cmp_scale is None else o_cmp * cmp_scale[kv_head]
+                    o_cmp, o_swa = (together(number, kv_head, row, several) for several in (slice(splits), slice(splits, None)))
+                    if v_scale is not None:
+                        o_cmp, o_swa = o_cmp * v_scale[0, kv_head], o_swa * v_scale[2, kv_head]
                     gates = (g[number, token, head] for g in (g_cmp, g_slc, g_swa))
-                    o[number, token, head] = sum(g * x for g, x in zip(gates, (o_cmp, o_slc[token, head], o_swa[token, head]), strict=True))
+                    o[number, token, head] = sum(g * x for g, x in zip(gates, (o_cmp, o_slc[token, head], o_swa), strict=True))
 
     def cache_append(k, v, k_pages, v_pages, tables, k_scale, v_scale, slots, lengths, phi_k, phi_v):
         def store(pages, where, x, scale):
@@ -135,11 +140,11 @@ def test_poolings_and_shared_k_and_v():
 @pytest.mark.parametrize("number", range(len(SEQLENS)))
 def test_a_sequence_that_is_wrong_is_found(number, storage):
     """However many there are: each is held to the reference."""
-    for kernel, out in (("decode_compressed_fwd", "part"), ("decode_compressed_fwd", "block_indices"), ("decode_merge_fwd", "o")):
+    for kernel, out in (("decode_dense_fwd", "part"), ("decode_dense_fwd", "block_indices"), ("decode_selected_fwd", "o")):
         case = make(kernel, storage=storage)
         case.run(torch_module(case))
         if out == "part":
-            part, stat = case.tensors["made"]
+            part, stat, _ = case.tensors["made"]
             part[number] += 0.1
             stat[number, :, :, 0].nan_to_num_(neginf=0.0)
             stat[number, :, :, 1].clamp_(min=1.0)  # also where no compressed token is
@@ -150,7 +155,7 @@ def test_a_sequence_that_is_wrong_is_found(number, storage):
 
 
 def test_what_is_not_written_or_left_behind_is_found():
-    for kernel, name in (("decode_compressed_fwd", "block_indices"), ("decode_merge_fwd", "o")):
+    for kernel, name in (("decode_dense_fwd", "block_indices"), ("decode_selected_fwd", "o")):
         case = make(kernel)
         case.run(torch_module(case))
         written = case.outputs[name].clone()
@@ -205,9 +210,9 @@ def test_a_page_is_one_streams_and_the_rest_is_nan(kernel):
     held = torch.cat([table[table != nobodys] for table in tables])
     assert len(held) == len(held.unique()) == len(pages) - 1 and nobodys not in held.tolist()
     assert bool(pages[nobodys].isnan().all())
-    if kernel == "decode_merge_fwd":
+    if kernel == "decode_selected_fwd":
         filled = [int((~pages[table[table != nobodys].long(), 0, :, 0].isnan()).sum()) for table in tables]
-        assert filled == [case.total, case.total]
+        assert filled == [case.total]
 
 
 @pytest.mark.parametrize("storage", ["float16", FP8])

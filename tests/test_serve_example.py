@@ -30,10 +30,10 @@ VOCABULARY = 64
 #: The interpreter takes a twentieth of a second for a program: few of them there.
 FEW = (
     Config.of(
-        "decode_compressed_fwd",
+        "decode_dense_fwd",
         {"BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1, "maxnreg": None},
     ),
-    Config.of("decode_merge_fwd", {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None}),
+    Config.of("decode_selected_fwd", {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None}),
 )
 
 

@@ -17,10 +17,10 @@ GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "w
 #: The interpreter takes a twentieth of a second for a program: few of them there.
 FEW = (
     Config.of(
-        "decode_compressed_fwd",
+        "decode_dense_fwd",
         {"BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1, "maxnreg": None},
     ),
-    Config.of("decode_merge_fwd", {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None}),
+    Config.of("decode_selected_fwd", {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None}),
 )
 
 
@@ -76,12 +76,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     def watched(name, *args):
         host = kernel(name, *args)
-        if name != "decode_compressed_fwd":
+        if name != "decode_dense_fwd":
             return host
 
         def run(*given):
             made = host(*given)
-            found.append(given[8].clone())
+            found.append(given[9].clone())
             return made
 
         return run

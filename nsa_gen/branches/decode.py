@@ -21,7 +21,8 @@ def decode(
     Args:
         k_pages, v_pages, tables, slots, lengths: of a ``PagedKVCache``; slots of S sequences.
         arrived: int32, 0, at least ``S*n*Hkv``; left so.
-        scales: none, or of fp8 storage: compressed K ``[Hkv]``, selected and sliding K ``[2,Hkv]``, the same of V, compressed V.
+        scales: none, or of fp8 storage: compressed and sliding K ``[2,Hkv]``, selected K ``[Hkv]``, compressed, selected and sliding V
+            ``[3,Hkv]``.
         g_cmp, g_slc, g_swa: ``[S,n,Hq]``, all of q's dtype or all of float32.
         max_seqlen: no sequence is longer.
     """
@@ -31,17 +32,16 @@ def decode(
         return o
     shape = Shape(max_seqlen, sequences * k_pages.shape[1])
     which = Cached(str(k_pages.dtype).removeprefix("torch."), k_pages.shape[2], tokens)
-    choose, merge = (kernel(name, key, q, None, shape, which) for name in ("decode_compressed_fwd", "decode_merge_fwd"))
+    begin, end = (kernel(name, key, q, None, shape, which) for name in ("decode_dense_fwd", "decode_selected_fwd"))
     selected, sliding, compressed = (tables[i] for i in STREAMS[tables.shape[0]])
-    k_cmp_scale, k_scale, v_scale, v_cmp_scale = scales or (None,) * 4
+    k_dense_scale, k_scale, v_scale = scales or (None,) * 3
     q = ready(q)
-    count = geometry(key).count
-    block_indices = torch.empty((sequences, tokens, k_pages.shape[1], count), dtype=torch.int32, device=q.device)
-    part, stat = choose(q, k_pages, v_pages, k_cmp_scale, compressed, slots, lengths, arrived, block_indices, max_seqlen, scale)
-    merge(
-        q, k_pages, v_pages, k_scale, v_scale, v_cmp_scale, selected, sliding, slots, lengths, block_indices, part, stat,
-        ready_flat(g_cmp), ready_flat(g_slc), ready_flat(g_swa), arrived, o, scale,
+    block_indices = torch.empty((sequences, tokens, k_pages.shape[1], geometry(key).count), dtype=torch.int32, device=q.device)
+    dense = begin(
+        q, k_pages, v_pages, k_dense_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale
     )  # fmt: skip
+    gates = map(ready_flat, (g_cmp, g_slc, g_swa))
+    end(q, k_pages, v_pages, k_scale, v_scale, selected, slots, lengths, block_indices, *dense, *gates, arrived, o, scale)
     return o
 
 

@@ -142,41 +142,55 @@ class _Decode(Call):
         return Check(False, found.errors, "arrived is not 0 again") if bool(case.tensors["arrived"].any()) else found
 
 
-class _DecodeCompressed(_Decode):
+class _DecodeDense(_Decode):
+    """Compressed tokens and the window have pages of their own, as where K and V are per branch: one code serves both."""
+
     def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
         p = case.problem
         _begin(case, values)
-        rows = {number: (0, reference.compressed_count(n, p.block, p.stride)) for number, n in enumerate(case.seqlens)}
-        total = sum(end for _, end in rows.values())
-        k = self.queries(case, values, total)
-        pages, (table,) = _paged(case, values, [rows])
-        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "k_scale": _scales(case, case.heads_kv), "table": table}
+        streams = [
+            {number: (0, reference.compressed_count(n, p.block, p.stride)) for number, n in enumerate(case.seqlens)},
+            {number: (self.first(p, n), n) for number, n in enumerate(case.seqlens)},
+        ]
+        counts = [sum(end - first for first, end in rows.values()) for rows in streams]
+        k = self.queries(case, values, sum(counts))
+        pages, tables = _paged(case, values, streams)
+        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "k_scale": _scales(case, 2, case.heads_kv), "tables": tuple(tables)}
         if values.real:
-            _write(case, pages, table, rows, (k, values.normal(total, case.heads_kv, p.head_dim_v)))
+            v = values.normal(sum(counts), case.heads_kv, p.head_dim_v)
+            for table, rows, kv in zip(tables, streams, zip(k.split(counts), v.split(counts), strict=True), strict=True):
+                _write(case, pages, table, rows, kv)
         case.outputs["block_indices"] = values.empty(len(case.seqlens), p.tokens, case.heads_kv, p.count, dtype=torch.int32)
+
+    def first(self, p: Problem, length: int) -> int:
+        """The first token in a page that the window of a new token reaches into: what a cache keeps at least."""
+        return max(0, length - p.tokens - p.window + 1) // p.page_size * p.page_size
 
     def run(self, case: Case, host: Any) -> None:
         t = case.tensors
         t["made"] = host(
-            t["q"], t["k_pages"], t["v_pages"], t["k_scale"], t["table"], t["slots"], t["lengths"], t["arrived"],
+            t["q"], t["k_pages"], t["v_pages"], t["k_scale"], *t["tables"], t["slots"], t["lengths"], t["arrived"],
             case.outputs["block_indices"], case.max_seqlen, t["scale"],
         )  # fmt: skip
 
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """``o [S*tokens,Hq,Dv]`` of the compressed branch, but for the factor on values; its ``lse``, and the ``scores`` that choose."""
+        """``o_cmp``, ``o_swa [S*tokens,Hq,Dv]``, but for the factor on values; the compressed ``lse``, and the ``scores`` that choose."""
         p, t, found = case.problem, case.tensors, []
         blocks = -(-case.max_seqlen // p.selection_block)
         for number, length in enumerate(case.seqlens):
-            rows = {number: (0, reference.compressed_count(length, p.block, p.stride))}
-            k, v = _rows(case, (t["k_pages"], t["v_pages"]), t["table"], rows)
-            k, v = _read(case, k), v.float() if _fp8(case) else v
+            first = self.first(p, length)
+            spans = {number: (0, reference.compressed_count(length, p.block, p.stride))}, {number: (first, length)}
+            streams = [_rows(case, (t["k_pages"], t["v_pages"]), table, rows) for table, rows in zip(t["tables"], spans, strict=True)]
+            (k, v), (k_swa, v_swa) = ((_read(case, k), v.float() if _fp8(case) else v) for k, v in streams)
             for token in range(p.tokens):
                 q, how = self.alone(case, number, token, dtype)
                 o, lse = reference.compressed_attention(q, k, v, p.block, p.stride, **how)
                 everywhere = lse.expand(len(q), -1)
                 scores = reference.importance(q, k, everywhere, p.block, p.stride, p.selection_block, p.mapping, **how)
-                found.append((o, lse, torch.nn.functional.pad(scores, (0, blocks - scores.shape[2]))))
-        return dict(zip(("o", "lse", "scores"), map(torch.cat, zip(*found, strict=True)), strict=True))
+                how["queries"] = how["queries"] - first
+                o_swa, _ = reference.sliding_attention(q[first:], k_swa, v_swa, p.window, **how)
+                found.append((o, o_swa, lse, torch.nn.functional.pad(scores, (0, blocks - scores.shape[2]))))
+        return dict(zip(("o_cmp", "o_swa", "lse", "scores"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
     def check(self, case: Case, queries: Tensor | None) -> Check:
         block_indices = case.outputs["block_indices"]
@@ -184,8 +198,10 @@ class _DecodeCompressed(_Decode):
         if unwritten:
             return Check(False, {}, f"block_indices: {unwritten} elements were not written")
         wanted, eager = case.expected(), case.expected(None, case.dtype)
-        outputs = {"o": _together(case, *case.tensors["made"]).to(case.dtype)}
-        found = self.at_rest(case, check_floats({"o": wanted["o"]}, {"o": eager["o"]}, outputs, None))
+        names = ("o_cmp", "o_swa")
+        outputs = {name: o.to(case.dtype) for name, o in zip(names, _together(case, *case.tensors["made"]), strict=True)}
+        found = check_floats({name: wanted[name] for name in names}, {name: eager[name] for name in names}, outputs, None)
+        found = self.at_rest(case, found)
         seen = wanted["lse"][wanted["lse"].isfinite()]
         rtol = 2e-4 + 3.2e-5 * (float(seen.abs().max()) if len(seen) else 0.0)
         if not selection_agrees(block_indices.flatten(0, 1), wanted["scores"], _topk(case.problem), rtol, self.positions(case)):
@@ -194,7 +210,7 @@ class _DecodeCompressed(_Decode):
 
     def flops(self, case: Case) -> int:
         p = case.problem
-        pairs = sum(reference.compressed_count(n, p.block, p.stride) for n in case.seqlens) * p.tokens
+        pairs = sum(reference.compressed_count(n, p.block, p.stride) + min(n, p.window) for n in case.seqlens) * p.tokens
         return 2 * case.heads_query * (p.head_dim_qk + p.head_dim_v) * pairs
 
 
@@ -203,78 +219,79 @@ def _topk(p: Problem) -> Problem:
     return Problem.of("select_topk", fields | {"varlen": True})
 
 
-def _together(case: Case, part: Tensor, stat: Tensor) -> Tensor:
-    """``o [S*tokens,Hq,Dv]`` of the partial results ``part [S,Hkv,splits,M,Dv]``, ``stat [S,Hkv,splits,2,M]``."""
+def _together(case: Case, part: Tensor, stat: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """``o [S*tokens,Hq,Dv]`` of compressed attention and of the window: partial results ``part [S,Hkv,parts,M,Dv]``,
+    ``stat [S,Hkv,parts,2,M]``, of which ``splits`` are the former's."""
     p = case.problem
     rows = p.group * p.tokens
-    top, total = stat[:, :, :, 0, :rows], stat[:, :, :, 1, :rows]
-    weight = torch.exp2(top - top.amax(2, keepdim=True).nan_to_num(neginf=0.0))
-    used = (total > 0)[..., None]
-    o = (torch.where(used, part[:, :, :, :rows], 0.0) * weight[..., None]).sum(2) / (total * weight).sum(2).clamp(min=1e-30)[..., None]
-    o = o.unflatten(2, (p.tokens, p.group)).transpose(1, 2)  # [S, tokens, Hkv, G, Dv]
-    return o.reshape(-1, case.heads_query, o.shape[-1])
+
+    def merged(part: Tensor, stat: Tensor) -> Tensor:
+        top, total = stat[:, :, :, 0, :rows], stat[:, :, :, 1, :rows]
+        weight = torch.exp2(top - top.amax(2, keepdim=True).nan_to_num(neginf=0.0))
+        used = (total > 0)[..., None]
+        o = (torch.where(used, part[:, :, :, :rows], 0.0) * weight[..., None]).sum(2)
+        o = o / (total * weight).sum(2).clamp(min=1e-30)[..., None]
+        o = o.unflatten(2, (p.tokens, p.group)).transpose(1, 2)  # [S, tokens, Hkv, G, Dv]
+        return o.reshape(-1, case.heads_query, o.shape[-1])
+
+    return merged(part[:, :, :splits], stat[:, :, :splits]), merged(part[:, :, splits:], stat[:, :, splits:])
 
 
-class _DecodeMerge(_Decode):
-    """Selected and sliding attention have pages of their own, as where K and V are per branch: one code serves both."""
-
+class _DecodeSelected(_Decode):
     def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
         p, count = case.problem, len(case.seqlens)
         _begin(case, values)
         rows = {number: (0, n) for number, n in enumerate(case.seqlens)}
         k = self.queries(case, values, case.total)
-        pages, tables = _paged(case, values, [rows, rows])
-        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "tables": tuple(tables), "cmp_scale": _scales(case, case.heads_kv)}
-        case.tensors |= {"k_scale": _scales(case, 2, case.heads_kv), "v_scale": _scales(case, 2, case.heads_kv)}
+        pages, (table,) = _paged(case, values, [rows])
+        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "table": table}
+        case.tensors |= {"k_scale": _scales(case, case.heads_kv), "v_scale": _scales(case, 3, case.heads_kv)}
         if values.real:
-            for table in tables:  # a tensor at a time: they are as large as the pages
-                _write(case, pages[:1], table, rows, (k,))
-                k = k.flip(-1)
-                _write(case, pages[1:], table, rows, (values.normal(case.total, case.heads_kv, p.head_dim_v),))
-        # As many partial results of compressed attention as its kernel would give, or a few.
+            _write(case, pages, table, rows, (k, values.normal(case.total, case.heads_kv, p.head_dim_v)))
+        # About as many partial results of the other branches as their kernel would give.
         splits, m = 3 if case.max_seqlen < 4096 else 16, max(16, 1 << (p.group * p.tokens - 1).bit_length())
-        part = values.uniform(count, case.heads_kv, splits, m, p.head_dim_v)
-        stat = values.uniform(count, case.heads_kv, splits, 2, m)
+        splits = max(2, min(splits, 256 // max(count * case.heads_kv, 1)))
+        part = values.uniform(count, case.heads_kv, splits + 1, m, p.head_dim_v)
+        stat = values.uniform(count, case.heads_kv, splits + 1, 2, m)
         indices = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
         if values.real:
             stat[..., 0, :].mul_(8)
-            stat[:, :, -1, 0], stat[:, :, -1, 1] = -torch.inf, 0.0  # a split without tokens
-            part[:, :, -1] = 0.0
+            stat[:, :, splits - 1, 0], stat[:, :, splits - 1, 1] = -torch.inf, 0.0  # a split without tokens
+            part[:, :, splits - 1] = 0.0
             scores = values.scores(count * p.tokens, case.heads_kv, -(-case.max_seqlen // p.selection_block))
             chosen = reference.select_at(scores, self.positions(case), p.selection_block, p.count, 1, min(1, p.count - 1))
             indices.copy_(chosen.view_as(indices))
         gates = [values.uniform(count, p.tokens, case.heads_query).to(case.dtype) for _ in range(3)]
-        case.tensors |= {"part": part, "stat": stat, "block_indices": indices, "gates": tuple(gates)}
+        case.tensors |= {"part": part, "stat": stat, "splits": splits, "block_indices": indices, "gates": tuple(gates)}
         case.outputs["o"] = values.empty(count, p.tokens, case.heads_query, p.head_dim_v)
 
     def run(self, case: Case, host: Any) -> None:
         t = case.tensors
         host(
-            t["q"], t["k_pages"], t["v_pages"], t["k_scale"], t["v_scale"], t["cmp_scale"], *t["tables"], t["slots"], t["lengths"],
-            t["block_indices"], t["part"], t["stat"], *t["gates"], t["arrived"], case.outputs["o"], t["scale"],
+            t["q"], t["k_pages"], t["v_pages"], t["k_scale"], t["v_scale"], t["table"], t["slots"], t["lengths"], t["block_indices"],
+            t["part"], t["stat"], t["splits"], *t["gates"], t["arrived"], case.outputs["o"], t["scale"],
         )  # fmt: skip
 
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         p, t, found = case.problem, case.tensors, []
         for number, length in enumerate(case.seqlens):
-            streams = [_rows(case, (t["k_pages"], t["v_pages"]), table, {number: (0, length)}) for table in t["tables"]]
-            (k, v), (k_swa, v_swa) = ([_read(case, x) for x in kv] for kv in streams)
+            k, v = (_read(case, x) for x in _rows(case, (t["k_pages"], t["v_pages"]), t["table"], {number: (0, length)}))
             for token in range(p.tokens):
                 q, how = self.alone(case, number, token, dtype)
                 blocks = t["block_indices"][number, token].expand(len(q), -1, -1)
-                o_slc, _ = reference.selected_attention(q, k, v, blocks, p.selection_block, **how)
-                o_swa, _ = reference.sliding_attention(q, k_swa, v_swa, p.window, **how)
-                found.append((o_slc, o_swa))
-        o_slc, o_swa = (torch.cat(x).view(*t["q"].shape[:3], -1) for x in zip(*found, strict=True))
-        o_cmp = _together(case, t["part"].double(), t["stat"].double()).view_as(o_slc) * (_SCALE if _fp8(case) else 1.0)
-        return {"o": reference.combine(o_cmp.to(dtype), o_slc, o_swa, *t["gates"], dtype)}
+                found.append(reference.selected_attention(q, k, v, blocks, p.selection_block, **how)[0])
+        o_slc = torch.cat(found).view(*t["q"].shape[:3], -1)
+        factor = _SCALE if _fp8(case) else 1.0
+        dense = (x.view_as(o_slc) * factor for x in _together(case, t["part"].double(), t["stat"].double(), t["splits"]))
+        o_cmp, o_swa = (x.to(dtype) for x in dense)
+        return {"o": reference.combine(o_cmp, o_slc, o_swa, *t["gates"], dtype)}
 
     def check(self, case: Case, queries: Tensor | None) -> Check:
         return self.at_rest(case, check_floats(case.expected(), case.expected(None, case.dtype), case.outputs, None))
 
     def flops(self, case: Case) -> int:
         p = case.problem
-        seen = sum(min(n, p.count * p.selection_block) + min(n, p.window) for n in case.seqlens) * p.tokens
+        seen = sum(min(n, p.count * p.selection_block) for n in case.seqlens) * p.tokens
         return 2 * case.heads_query * (p.head_dim_qk + p.head_dim_v) * seen
 
 
@@ -364,7 +381,7 @@ class _CacheAppend(Call):
 
 
 CALLS: dict[str, Call] = {
-    "decode_compressed_fwd": _DecodeCompressed(),
-    "decode_merge_fwd": _DecodeMerge(),
+    "decode_dense_fwd": _DecodeDense(),
+    "decode_selected_fwd": _DecodeSelected(),
     "cache_append": _CacheAppend(),
 }

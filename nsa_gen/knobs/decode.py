@@ -10,10 +10,10 @@ SPACES: dict[str, Space] = {}
 # A tile's K and V wait for the number of their page, so a pipeline of n stages holds (n - 1) / 2 tiles.
 _STAGES = (1, 2, 3, 5, 7)
 _PROGRAMS = (64, 128, 256, 384, 512, 1024, 2048)
-SPACES["decode_compressed_fwd"] = Space(
+SPACES["decode_dense_fwd"] = Space(
     knobs=(
         Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens a tile
-        # Programs there are to be, as many for each sequence and KV head, with so many tiles each at least.
+        # Programs there are to be, as many for each sequence and KV head, with so many tiles each at least; half as many for windows.
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
         Knob("BLOCK_B", (16, 32, 64, 128, 256)),  # blocks at a time, when importance is put together
@@ -29,9 +29,9 @@ SPACES["decode_compressed_fwd"] = Space(
     safe=lambda p: _compressed(p, 16, num_stages=1),
     illegal=lambda p, c: _compressed_fault(p, c),
 )
-SPACES["decode_merge_fwd"] = Space(
+SPACES["decode_selected_fwd"] = Space(
     knobs=(
-        Knob("PROGRAMS", _PROGRAMS),  # two thirds of them share the chosen blocks, the others the window, with so many blocks each at least
+        Knob("PROGRAMS", _PROGRAMS),  # there are to be, as many for each token and KV head, with so many blocks each at least
         Knob("LEAST", (1, 2, 4)),
         Knob("sum_stages", (1, 2, 3, 5)),  # partial results under way, when they are put together
         Knob("num_warps", (1, 2, 4, 8)),
@@ -109,7 +109,7 @@ def _compressed(p: Problem, tile: int, num_stages: int) -> dict[str, Value]:
     if p.dtype == "float32" or _padded(p) > 128:
         tile = min(tile, 32)
     tile = max(min(tile, p.page_size), units, 16)
-    blocks, warps = max(4096 // rows, 16), 8 if rows > 32 else 4
+    blocks, warps = max((4096 if _padded(p) <= 128 else 2048) // rows, 16), 8 if rows > 32 else 4
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": num_stages, "maxnreg": None,
     }  # fmt: skip

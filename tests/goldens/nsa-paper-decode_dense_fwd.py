@@ -1,8 +1,8 @@
-"""decode_compressed_fwd, rendered by nsa-gen from templates/decode_compressed_fwd.py.jinja. Do not edit: change the template.
+"""decode_dense_fwd, rendered by nsa-gen from templates/decode_dense_fwd.py.jinja. Do not edit: change the template.
 
-problem 95850e8d532b: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
-    initial=1 local=2 mapping=overlap page_size=64 tokens=1
-config  e3acfdda414d: BLOCK_B=256 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4
+problem 4c1c5dfcd6e2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
+    initial=1 local=2 mapping=overlap window=512 page_size=64 tokens=1
+config  145bdfbb9c41: BLOCK_B=128 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -289,23 +289,24 @@ def last_to_arrive(arrived_ptr, programs):
 
 
 @triton.jit
-def decode_compressed_fwd_kernel(
+def decode_dense_fwd_kernel(
     q_ptr,  # [S, TOKENS, Hq, D_QK]
     k_ptr,  # [pages, Hkv, PAGE, D_QK]
     v_ptr,  # [pages, Hkv, PAGE, D_V]
-    k_scale_ptr,  # [Hkv] fp32, what stored keys are multiplied by; None where they are stored as they are
-    table_ptr,  # [slots, max_pages] int32: pages of compressed tokens
+    k_scale_ptr,  # [2, Hkv] fp32, what stored keys are multiplied by, compressed and of the window; None where they are stored as they are
+    compressed_ptr,  # [slots, max_pages] int32: pages of compressed tokens
+    sliding_ptr,  # the same of the sliding branch
     slot_ptr,  # [S] int32
     length_ptr,  # [slots] int32: tokens, the new ones included
-    part_ptr,  # [S, Hkv, splits, M, D_V] fp32: a split's o for its own top, not divided by its total
-    stat_ptr,  # [S, Hkv, splits, 2, M] fp32: top (log2 domain), total
+    part_ptr,  # [S, Hkv, parts, M, D_V] fp32: a program's o for its own top, not divided by its total
+    stat_ptr,  # [S, Hkv, parts, 2, M] fp32: top (log2 domain), total
     sums_ptr,  # [S, Hkv, LAGS, blocks, M] fp32: what a group of UNITS tokens gives to the block of its number + lag, for its tile's top
     tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops, and in the end what a tile's sums count
     scores_ptr,  # [S, TOKENS, Hkv, blocks] fp32
     index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
     arrived_ptr,  # [S, Hkv] int32, 0
     scale: tl.float32,
-    heads: tl.int32,
+    splits: tl.int32,  # programs that share compressed tokens; the others share the window
     max_pages: tl.int32,
     blocks: tl.int32,
     tiles: tl.int32,
@@ -332,24 +333,29 @@ def decode_compressed_fwd_kernel(
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    head = tl.program_id(0)
+    heads = tl.num_programs(0)
+    sequence = tl.program_id(1)
+    part = tl.program_id(2)  # programs of the window start last
+    parts = tl.num_programs(2)
+    sliding = part >= splits
     slot = tl.load(slot_ptr + sequence)
     length = tl.load(length_ptr + slot)
-    table = table_ptr + slot.to(tl.int64) * max_pages
+    table = tl.where(sliding, sliding_ptr, compressed_ptr) + slot.to(tl.int64) * max_pages
     row = tl.arange(0, M)
     valid = row < TOKENS * G
     position = length - TOKENS + row // G
-    newest = tl.maximum(position + 1 - BLOCK + STRIDE, 0) // STRIDE - 1  # the last compressed token that a row sees
+    # The keys [oldest, newest] that a row sees: compressed tokens, or tokens.
+    newest = tl.where(sliding, position, tl.maximum(position + 1 - BLOCK + STRIDE, 0) // STRIDE - 1)
     newest = tl.where(valid, newest, -1)
-    keys = tl.maximum(length - BLOCK + STRIDE, 0) // STRIDE
+    oldest = tl.where(sliding, position - WINDOW + 1, 0)
+    keys = tl.where(sliding, length, tl.maximum(length - BLOCK + STRIDE, 0) // STRIDE)
     here = sequence.to(tl.int64) * heads + head
 
     column = tl.arange(0, DQ)
@@ -357,54 +363,60 @@ def decode_compressed_fwd_kernel(
     q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
     qk_scale = scale * 1.4426950408889634
     if k_scale_ptr is not None:
-        qk_scale *= tl.load(k_scale_ptr + head)
+        qk_scale *= tl.load(k_scale_ptr + sliding.to(tl.int32) * heads + head)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     o = tl.zeros([M, DV], tl.float32)
+    first = tl.where(sliding, tl.maximum(length - TOKENS - WINDOW + 1, 0) // BLOCK_N, 0)
     used = (keys + BLOCK_N - 1) // BLOCK_N
-    each = (used + splits - 1) // splits
+    sharing = tl.where(sliding, parts - splits, splits)
+    each = (used - first + sharing - 1) // sharing
+    begin = first + tl.where(sliding, part - splits, part) * each
     unit = tl.arange(0, UNITS)[None, None, :]
     group = tl.arange(0, BLOCK_N // UNITS)
     sums = sums_ptr + here * (LAGS * M) * blocks
     tops = tops_ptr + here * M * tiles
-    for tile in tl.range(split * each, tl.minimum((split + 1) * each, used), num_stages=STAGES):
+    for tile in tl.range(begin, tl.minimum(begin + each, used), num_stages=STAGES):
         key0 = tile * BLOCK_N
         k = load_page_rows(k_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_QK, DQ).to(q.dtype)
         v = load_page_rows(v_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_V, DV)
-        seen = (key0 + tl.arange(0, BLOCK_N))[None, :] <= newest[:, None]
+        key = (key0 + tl.arange(0, BLOCK_N))[None, :]
+        seen = (key <= newest[:, None]) & (key >= oldest[:, None])
         top, total, weights, old, prob, tile_top = attend(q, k, seen, top, total, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
-        tl.store(tops + tile * M + row, tile_top)
+        tl.store(tops + tile * M + row, tile_top, mask=(row < M) & (part < splits))
         prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
         place = (tile * (BLOCK_N // UNITS) + group)[None, :] * M + row[:, None]
-        fits = (tile * (BLOCK_N // UNITS) + group < blocks)[None, :]
+        fits = ((tile * (BLOCK_N // UNITS) + group < blocks) & (part < splits))[None, :]
         for lag in tl.static_range(LAGS):
             count = weight(unit - lag * UNITS, UNITS, BLOCK // STRIDE)
             tl.store(sums + lag * blocks * M + place, tl.sum(prob * count, 2), mask=fits)
 
     column = tl.arange(0, DV)
-    part = here * splits + split
-    tl.store(part_ptr + (part * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
-    tl.store(stat_ptr + part * (2 * M) + row, top)
-    tl.store(stat_ptr + part * (2 * M) + M + row, total)
+    place = here * parts + part
+    tl.store(part_ptr + (place * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
+    tl.store(stat_ptr + place * (2 * M) + row, top)
+    tl.store(stat_ptr + place * (2 * M) + M + row, total)
+    if part >= splits:
+        return
     if last_to_arrive(arrived_ptr + here, splits):
         # The softmax of all splits, then each block's probability, summed over the group (eq. 10), token by token.
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         for i in range(0, splits, 16):
-            _, _, top, total = together(stat_ptr + here * splits * (2 * M), i, splits, row, M, top, total, 16)
+            _, _, top, total = together(stat_ptr + here * parts * (2 * M), i, splits, row, M, top, total, 16)
         top = tl.where(top == -float("inf"), 0.0, top)
         factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
-        for tile0 in range(0, used, 256):
-            number = tile0 + tl.arange(0, 256)
+        for tile0 in range(0, used, 128):
+            number = tile0 + tl.arange(0, 128)
             there = (number < used)[:, None]
             of_rows = tops + number[:, None] * M + row[None, :]
             tl.store(of_rows, tl.exp2(tl.load(of_rows, mask=there, other=0.0) - top[None, :]) * factor[None, :], mask=there)
         tl.debug_barrier()
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 256):
-            block = block0 + tl.arange(0, 256)
-            importance = tl.zeros([256, M], tl.float32)
+        for block0 in range(0, last + 1, 128):
+            block = block0 + tl.arange(0, 128)
+            importance = tl.zeros([128, M], tl.float32)
             for lag in tl.static_range(LAGS):
                 source = block - lag
                 of_tile = source * UNITS // BLOCK_N
@@ -432,7 +444,7 @@ _UNITS = 4
 _WARPS = 4
 _LEAST = max(128 * _WARPS, 32)
 _decode = Launcher(
-    decode_compressed_fwd_kernel,
+    decode_dense_fwd_kernel,
     {
         "G": 16,
         "TOKENS": _TOKENS,
@@ -454,6 +466,7 @@ _decode = Launcher(
         "GROUPS": 32,
         "BITS": 4,
         "LEAST": _LEAST,
+        "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
         "STAGES": 5,
     },
@@ -463,14 +476,17 @@ _decode = Launcher(
 )
 
 
-def decode_compressed_fwd(q, k_pages, v_pages, k_scale, table, slots, lengths, arrived, block_indices, max_seqlen, scale):
-    """Attention of a few new tokens to compressed tokens (paper eq. 8), as partial results, and the blocks they choose (eqs. 9-11).
+def decode_dense_fwd(
+    q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale
+):
+    """Attention of a few new tokens to compressed tokens (paper eq. 8) and the window, as partial results, and the blocks they choose
+    (eqs. 9-11).
 
     Args:
         q: [S, 1, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
         k_pages, v_pages: [pages, Hkv, 64, D] contiguous.
-        k_scale: [Hkv] fp32, what stored keys are multiplied by, or None; values are not multiplied.
-        table: [slots, max_pages] int32 contiguous: pages of compressed tokens.
+        k_scale: [2, Hkv] fp32, what stored keys are multiplied by, compressed and of the window, or None; values are not multiplied.
+        compressed, sliding: [slots, max_pages] int32 contiguous: pages of compressed tokens, and of the sliding branch's tokens.
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
         arrived: [at least S * Hkv] int32, 0; left so.
@@ -478,24 +494,27 @@ def decode_compressed_fwd(q, k_pages, v_pages, k_scale, table, slots, lengths, a
         max_seqlen: no sequence is longer.
 
     Returns:
-        part [S, Hkv, splits, M, D_V] fp32 and stat [S, Hkv, splits, 2, M] fp32, with M >= tokens * group rows (token, then group member):
-        what a split adds up to for its own maximum, that maximum in the log2 domain and the sum of weights.
+        part [S, Hkv, parts, M, D_V] fp32, stat [S, Hkv, parts, 2, M] fp32, and how many of the parts are of compressed tokens (they come
+        first, the window's last), with M >= tokens * group rows (token, then group member): what a program adds up to for its own maximum,
+        that maximum in the log2 domain and the sum of weights.
     """
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
     blocks = -(-max_seqlen // _BLOCK) + 3 & ~3
     tiles = -(-(max_seqlen // 16) // _BLOCK_N) + 1
-    splits = max(min(256 // max(sequences * heads, 1), tiles // 4), 1)
-    part = torch.empty((sequences, heads, splits, _M, v_pages.shape[3]), dtype=torch.float32, device=device)
-    stat = torch.empty((sequences, heads, splits, 2, _M), dtype=torch.float32, device=device)
+    share = 256 // max(sequences * heads, 1)
+    splits = max(min(share, tiles // 4), 1)
+    parts = splits + max(min(share // 2, (513 // _BLOCK_N + 1) // 4), 1)
+    part = torch.empty((sequences, heads, parts, _M, v_pages.shape[3]), dtype=torch.float32, device=device)
+    stat = torch.empty((sequences, heads, parts, 2, _M), dtype=torch.float32, device=device)
     sums = torch.empty((sequences, heads, _LAGS, blocks, _M), dtype=torch.float32, device=device)
     tops = torch.empty((sequences, heads, tiles, _M), dtype=torch.float32, device=device)
     scores = torch.empty((sequences, _TOKENS, heads, blocks), dtype=torch.float32, device=device)
     width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
     resident = width <= 1024 * _WARPS
     _decode(
-        (splits, heads, sequences),
-        q, k_pages, v_pages, k_scale, table, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
-        scale, heads, table.shape[1], blocks, tiles, *q.stride()[:3],
+        (heads, sequences, parts),
+        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
+        scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip
-    return part, stat
+    return part, stat, splits

@@ -1,8 +1,8 @@
-"""decode_merge_fwd, rendered by nsa-gen from templates/decode_merge_fwd.py.jinja. Do not edit: change the template.
+"""decode_selected_fwd, rendered by nsa-gen from templates/decode_selected_fwd.py.jinja. Do not edit: change the template.
 
-problem 92acbaae9988: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 window=512
-    page_size=64 tokens=1
-config  a269d1480daf: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=4 sum_stages=3
+problem 722c754c6978: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 page_size=64
+    tokens=1
+config  d1b1ef4df9ae: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=4 sum_stages=3
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -82,20 +82,18 @@ def gather(part_ptr, stat_ptr, count, rows, size, inside, column, D_V: tl.conste
 
 
 @triton.jit
-def decode_merge_fwd_kernel(
+def decode_selected_fwd_kernel(
     q_ptr,  # [S, TOKENS, Hq, D_QK]
     k_ptr,  # [pages, Hkv, PAGE, D_QK]
     v_ptr,  # [pages, Hkv, PAGE, D_V]
-    k_scale_ptr,  # [2, Hkv] fp32, of the selected and the sliding branch; None where numbers are stored as they are
-    v_scale_ptr,
-    cmp_scale_ptr,  # [Hkv] fp32, of compressed V, or None
-    selected_ptr,  # [slots, max_pages] int32: pages of the selected branch
-    sliding_ptr,  # the same of the sliding branch
+    k_scale_ptr,  # [Hkv] fp32, what stored keys are multiplied by; None where numbers are stored as they are
+    v_scale_ptr,  # [3, Hkv] fp32, of compressed V, the selected and the sliding branch's
+    table_ptr,  # [slots, max_pages] int32: pages of the selected branch
     slot_ptr,  # [S] int32
     length_ptr,  # [slots] int32: tokens, the new ones included
     index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
-    cmp_part_ptr,  # [S, Hkv, splits, M, D_V] fp32
-    cmp_stat_ptr,  # [S, Hkv, splits, 2, M] fp32
+    dense_part_ptr,  # [S, Hkv, parts, M, D_V] fp32: of compressed tokens, splits of them, then of the window
+    dense_stat_ptr,  # [S, Hkv, parts, 2, M] fp32
     g_cmp_ptr,  # [S, TOKENS, Hq]
     g_slc_ptr,
     g_swa_ptr,
@@ -107,8 +105,7 @@ def decode_merge_fwd_kernel(
     heads: tl.int32,
     max_pages: tl.int32,
     splits: tl.int32,
-    select_pieces: tl.int32,
-    window_pieces: tl.int32,
+    parts: tl.int32,
     stride_qs: tl.int64,
     stride_qt: tl.int64,
     stride_qh: tl.int64,
@@ -124,14 +121,14 @@ def decode_merge_fwd_kernel(
     SELECTED: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
-    WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
     TYPES: tl.constexpr,
 ):
-    piece = tl.program_id(0)
-    head = tl.program_id(1) % heads
-    token = tl.program_id(1) // heads
-    sequence = tl.program_id(2)
+    head = tl.program_id(0) % heads
+    token = tl.program_id(0) // heads
+    sequence = tl.program_id(1)
+    piece = tl.program_id(2)
+    pieces = tl.num_programs(2)
     slot = tl.load(slot_ptr + sequence)
     length = tl.load(length_ptr + slot)
     position = length - TOKENS + token
@@ -141,56 +138,48 @@ def decode_merge_fwd_kernel(
     q_rows = sequence.to(tl.int64) * stride_qs + token * stride_qt + (head * G + member) * stride_qh
     q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
     qk_scale = scale * 1.4426950408889634
-    v_scale = 1.0
-    sliding = piece >= select_pieces
     if k_scale_ptr is not None:
-        branch = sliding.to(tl.int32) * heads + head
-        qk_scale *= tl.load(k_scale_ptr + branch)
-        v_scale *= tl.load(v_scale_ptr + branch)
+        qk_scale *= tl.load(k_scale_ptr + head)
     top = tl.full([G_PAD], -float("inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     o = tl.zeros([G_PAD, DV], tl.float32)
     here = (sequence.to(tl.int64) * TOKENS + token) * heads + head
     inner = tl.arange(0, SELECTED)
-    table = tl.where(sliding, sliding_ptr, selected_ptr) + slot.to(tl.int64) * max_pages
-    # Tiles of SELECTED tokens: a piece's share of the chosen blocks, or of those that the window reaches into.
+    table = table_ptr + slot.to(tl.int64) * max_pages
     slots = tl.arange(0, SLOTS)
     indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
-    first_key = tl.where(sliding, tl.maximum(position - WINDOW + 1, 0), 0)
-    first_tile = first_key // SELECTED
-    tiles = tl.where(sliding, position // SELECTED + 1 - first_tile, tl.sum((indices >= 0).to(tl.int32), 0))
-    tiles = tl.where(position >= 0, tiles, 0)
-    pieces = tl.where(sliding, window_pieces, select_pieces)
-    each = (tiles + pieces - 1) // pieces
-    begin = tl.where(sliding, piece - select_pieces, piece) * each
-    for i in tl.range(begin, tl.minimum(begin + each, tiles), num_stages=STAGES):
-        block = tl.where(sliding, first_tile + i, tl.sum(tl.where(slots == i, indices, 0), 0))
+    chosen = tl.sum((indices >= 0).to(tl.int32), 0)
+    each = (chosen + pieces - 1) // pieces
+    for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=STAGES):
+        block = tl.sum(tl.where(slots == i, indices, 0), 0)
         key0 = block * SELECTED
         k = load_page_rows(k_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_QK, DQ).to(q.dtype)
         v = load_page_rows(v_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_V, DV)
-        seen = (key0 + inner <= position) & (key0 + inner >= first_key)
+        seen = key0 + inner <= position
         top, total, weights, old, _, _ = attend(q, k, seen[None, :], top, total, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
     column = tl.arange(0, DV)
     inside = valid[:, None] & (column < D_V)[None, :]
-    part = here * (select_pieces + window_pieces) + piece
-    tl.store(part_ptr + (part * G_PAD + member)[:, None] * D_V + column[None, :], o * v_scale, mask=inside)
+    part = here * pieces + piece
+    tl.store(part_ptr + (part * G_PAD + member)[:, None] * D_V + column[None, :], o, mask=inside)
     tl.store(stat_ptr + part * (2 * G_PAD) + member, top)
     tl.store(stat_ptr + part * (2 * G_PAD) + G_PAD + member, total)
-    if last_to_arrive(arrived_ptr + here, select_pieces + window_pieces):
-        first = here * (select_pieces + window_pieces)
-        parts, stats = part_ptr + first * G_PAD * D_V, stat_ptr + first * (2 * G_PAD)
-        o_slc = gather(parts, stats, select_pieces, member, G_PAD, inside, column, D_V, G_PAD, DV)
-        parts += select_pieces * G_PAD * D_V
-        stats += select_pieces * (2 * G_PAD)
-        o_swa = gather(parts, stats, window_pieces, member, G_PAD, inside, column, D_V, G_PAD, DV)
-        first = (sequence.to(tl.int64) * heads + head) * splits
-        rows = tl.minimum(token * G + member, M - 1)
-        o_cmp = gather(
-            cmp_part_ptr + first * M * D_V, cmp_stat_ptr + first * (2 * M), splits, rows, M, inside, column, D_V, G_PAD, DV
+    if last_to_arrive(arrived_ptr + here, pieces):
+        first = here * pieces
+        o_slc = gather(
+            part_ptr + first * G_PAD * D_V, stat_ptr + first * (2 * G_PAD), pieces, member, G_PAD, inside, column, D_V, G_PAD, DV
         )  # fmt: skip
-        if cmp_scale_ptr is not None:
-            o_cmp *= tl.load(cmp_scale_ptr + head)
+        first = (sequence.to(tl.int64) * heads + head) * parts
+        rows = tl.minimum(token * G + member, M - 1)
+        dense, stats = dense_part_ptr + first * M * D_V, dense_stat_ptr + first * (2 * M)
+        o_cmp = gather(dense, stats, splits, rows, M, inside, column, D_V, G_PAD, DV)
+        dense += splits.to(tl.int64) * M * D_V
+        stats += splits * (2 * M)
+        o_swa = gather(dense, stats, parts - splits, rows, M, inside, column, D_V, G_PAD, DV)
+        if v_scale_ptr is not None:
+            o_cmp *= tl.load(v_scale_ptr + head)
+            o_slc *= tl.load(v_scale_ptr + heads + head)
+            o_swa *= tl.load(v_scale_ptr + 2 * heads + head)
         place = (sequence.to(tl.int64) * TOKENS + token) * (heads * G) + head * G + member
         out = o_cmp * tl.load(g_cmp_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
         out += o_slc * tl.load(g_slc_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
@@ -207,7 +196,7 @@ _TOKENS = 1
 _M = 16
 _G_PAD = 16
 _merge = Launcher(
-    decode_merge_fwd_kernel,
+    decode_selected_fwd_kernel,
     {
         "G": 16,
         "G_PAD": _G_PAD,
@@ -221,7 +210,6 @@ _merge = Launcher(
         "SELECTED": 64,
         "COUNT": 16,
         "SLOTS": 16,
-        "WINDOW": 512,
         "STAGES": 3,
     },
     num_warps=4,
@@ -230,36 +218,32 @@ _merge = Launcher(
 )
 
 
-def decode_merge_fwd(
-    q, k_pages, v_pages, k_scale, v_scale, cmp_scale, selected, sliding, slots, lengths, block_indices, cmp_part, cmp_stat,
-    g_cmp, g_slc, g_swa, arrived, o, scale,
+def decode_selected_fwd(
+    q, k_pages, v_pages, k_scale, v_scale, table, slots, lengths, block_indices, dense_part, dense_stat, splits, g_cmp, g_slc, g_swa,
+    arrived, o, scale,
 ):  # fmt: skip
-    """Attention of a few new tokens to their chosen blocks (paper eq. 12) and the window, added up with compressed attention (eq. 5).
+    """Attention of a few new tokens to their chosen blocks (paper eq. 12), added up with that of the other branches (eq. 5).
 
     Args:
         q: [S, 1, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
         k_pages, v_pages: [pages, Hkv, 64, D] contiguous.
-        k_scale, v_scale: [2, Hkv] fp32 of the selected and the sliding branch, or None.
-        cmp_scale: [Hkv] fp32 of compressed V, or None.
-        selected, sliding: [slots, max_pages] int32 contiguous: pages of the branches' tokens.
+        k_scale: [Hkv] fp32, what stored keys are multiplied by, or None.
+        v_scale: [3, Hkv] fp32 of compressed V, the selected and the sliding branch's, or None.
+        table: [slots, max_pages] int32 contiguous: pages of the selected branch's tokens.
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
-        block_indices, cmp_part, cmp_stat: as decode_compressed_fwd gives them.
+        block_indices, dense_part, dense_stat, splits: as decode_dense_fwd gives them.
         g_cmp, g_slc, g_swa: [S, tokens, Hq] contiguous, of one dtype.
         arrived: [at least S * tokens * Hkv] int32, 0; left so.
         o: [S, tokens, Hq, D_V] contiguous, written.
     """
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
-    # Programs that share a token's chosen blocks, and those of its window, 2 blocks each at least.
-    share = 256 // max(sequences * _TOKENS * heads, 1)
-    select = max(min(2 * share // 3, 16 // 2), 1)
-    window = max(min(share - select, 9 // 2), 1)
-    pieces = select + window
+    pieces = max(min(256 // max(sequences * _TOKENS * heads, 1), 16 // 2), 1)
     part = torch.empty((sequences, _TOKENS, heads, pieces, _G_PAD, v_pages.shape[3]), dtype=torch.float32, device=device)
     stat = torch.empty((sequences, _TOKENS, heads, pieces, 2, _G_PAD), dtype=torch.float32, device=device)
     _merge(
-        (pieces, _TOKENS * heads, sequences),
-        q, k_pages, v_pages, k_scale, v_scale, cmp_scale, selected, sliding, slots, lengths, block_indices, cmp_part, cmp_stat,
-        g_cmp, g_slc, g_swa, part, stat, arrived, o, scale, heads, selected.shape[1], cmp_part.shape[2], select, window, *q.stride()[:3],
+        (_TOKENS * heads, sequences, pieces),
+        q, k_pages, v_pages, k_scale, v_scale, table, slots, lengths, block_indices, dense_part, dense_stat, g_cmp, g_slc, g_swa,
+        part, stat, arrived, o, scale, heads, table.shape[1], splits, dense_part.shape[2], *q.stride()[:3],
         TYPES=types(g_cmp),
     )  # fmt: skip
