@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import Config, Problem, Value
+from ..config import FP8, Config, Problem, Value
 from .space import Knob, Space
 
 SPACES: dict[str, Space] = {}
@@ -20,11 +20,12 @@ SPACES["decode_dense_fwd"] = Space(
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
         Knob("maxnreg", (None, 128, 168)),
+        Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
     ),
     defaults={
         "": lambda p: _compressed(p, 32, num_stages=3),
-        "sm_90": lambda p: _compressed(p, 64, num_stages=5),
-        "sm_100": lambda p: _compressed(p, 64, num_stages=5),
+        "sm_90": lambda p: _compressed(p, 64, num_stages=5, unpack=_unpack(p)),
+        "sm_100": lambda p: _compressed(p, 64, num_stages=5, unpack=_unpack(p)),
     },
     safe=lambda p: _compressed(p, 16, num_stages=1),
     illegal=lambda p, c: _compressed_fault(p, c),
@@ -37,24 +38,25 @@ SPACES["decode_selected_fwd"] = Space(
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
         Knob("maxnreg", (None, 128, 168)),
+        Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
     ),
     defaults={
         "": lambda p: _merge(p, num_stages=3),
-        "sm_90": lambda p: _merge(p, num_stages=3 if _large(p) else 5),
-        "sm_100": lambda p: _merge(p, num_stages=3 if _large(p) else 5),
+        "sm_90": lambda p: _merge(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
+        "sm_100": lambda p: _merge(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
     },
     safe=lambda p: _merge(p, num_stages=1) | {"sum_stages": 1, "num_warps": 8 if _large(p) else 4},
     illegal=lambda p, c: (
         f"{c.LEAST} of {p.count} blocks" if p.count < c.LEAST
         else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
-        else None
+        else _unpack_fault(p, c)
     ),
 )  # fmt: skip
 
 
-def _merge(p: Problem, num_stages: int) -> dict[str, Value]:
+def _merge(p: Problem, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
     known = {"PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 4, "num_stages": num_stages}
-    return known | {"maxnreg": None}
+    return known | {"maxnreg": None, "unpack": unpack}
 
 
 _PROJECT = {"body": ("project",)}
@@ -103,7 +105,7 @@ def _large(p: Problem) -> bool:
     return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
 
 
-def _compressed(p: Problem, tile: int, num_stages: int) -> dict[str, Value]:
+def _compressed(p: Problem, tile: int, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
     units = p.selection_block // p.stride
     rows = _rows(p)
     if p.dtype == "float32" or _padded(p) > 128:
@@ -112,6 +114,7 @@ def _compressed(p: Problem, tile: int, num_stages: int) -> dict[str, Value]:
     blocks, warps = max((4096 if _padded(p) <= 128 else 2048) // rows, 16), 8 if rows > 32 else 4
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": num_stages, "maxnreg": None,
+        "unpack": unpack,
     }  # fmt: skip
 
 
@@ -125,4 +128,12 @@ def _compressed_fault(p: Problem, c: Config) -> str | None:
         return f"{rows} rows by {c.BLOCK_N} keys and head dim {_padded(p)} need more registers than {c.num_warps} warps have"
     if rows * c.BLOCK_B > 64 * 32 * c.num_warps:
         return f"{rows} rows by {c.BLOCK_B} blocks need more registers than {c.num_warps} warps have"
-    return None
+    return _unpack_fault(p, c)
+
+
+def _unpack(p: Problem) -> str:
+    return "asm" if p.storage == FP8 else "cast"
+
+
+def _unpack_fault(p: Problem, c: Config) -> str | None:
+    return "only values in fp8 are unpacked" if c.unpack == "asm" and p.storage != FP8 else None

@@ -1,8 +1,8 @@
 """decode_dense_fwd, rendered by nsa-gen from templates/decode_dense_fwd.py.jinja. Do not edit: change the template.
 
-problem e99a65830c43: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
+problem 4c1c5dfcd6e2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 page_size=64 tokens=1
-config  04e80abf0860: BLOCK_B=256 BLOCK_N=64 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4
+config  417e1688dd5c: BLOCK_B=128 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -407,16 +407,16 @@ def decode_dense_fwd_kernel(
             _, _, top, total = together(stat_ptr + here * parts * (2 * M), i, splits, row, M, top, total, 16)
         top = tl.where(top == -float("inf"), 0.0, top)
         factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
-        for tile0 in range(0, used, 256):
-            number = tile0 + tl.arange(0, 256)
+        for tile0 in range(0, used, 128):
+            number = tile0 + tl.arange(0, 128)
             there = (number < used)[:, None]
             of_rows = tops + number[:, None] * M + row[None, :]
             tl.store(of_rows, tl.exp2(tl.load(of_rows, mask=there, other=0.0) - top[None, :]) * factor[None, :], mask=there)
         tl.debug_barrier()
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 256):
-            block = block0 + tl.arange(0, 256)
-            importance = tl.zeros([256, M], tl.float32)
+        for block0 in range(0, last + 1, 128):
+            block = block0 + tl.arange(0, 128)
+            importance = tl.zeros([128, M], tl.float32)
             for lag in tl.static_range(LAGS):
                 source = block - lag
                 of_tile = source * UNITS // BLOCK_N
@@ -438,7 +438,7 @@ def decode_dense_fwd_kernel(
 _TOKENS = 1
 _M = 16
 _BLOCK = 64
-_BLOCK_N = 64
+_BLOCK_N = 32
 _LAGS = 2
 _UNITS = 4
 _WARPS = 4
@@ -449,8 +449,8 @@ _decode = Launcher(
         "G": 16,
         "TOKENS": _TOKENS,
         "M": _M,
-        "D_QK": 128,
-        "DQ": 128,
+        "D_QK": 192,
+        "DQ": 256,
         "D_V": 128,
         "DV": 128,
         "PAGE": 64,

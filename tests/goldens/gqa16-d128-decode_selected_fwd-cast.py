@@ -2,7 +2,7 @@
 
 problem e17dcbb7854e: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 selection_block=64 count=16 page_size=64
     tokens=1
-config  fbd50a3fade3: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4 sum_stages=3
+config  556f2a95fb88: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 

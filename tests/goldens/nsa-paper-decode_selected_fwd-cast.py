@@ -2,7 +2,7 @@
 
 problem 722c754c6978: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 page_size=64
     tokens=1
-config  d1b1ef4df9ae: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=4 sum_stages=3
+config  923458e8a7cd: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
