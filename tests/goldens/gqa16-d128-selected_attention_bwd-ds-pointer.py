@@ -59,7 +59,7 @@ def listed(block, current, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
 @triton.jit
 def count_kernel(
     index_ptr,  # [last - first, Hkv, COUNT] int32
-    counts_ptr,  # [Hkv, bins] int32, zero
+    counters_ptr,  # [Hkv, bins, 8] int32, zero: 32 bytes for each, which L2 then counts in as many places
     rank_ptr,  # [Hkv, chunk * COUNT] int32: place of an entry in its list
     cu_seqlens,
     first: tl.int32,
@@ -90,15 +90,16 @@ def count_kernel(
     keep = exists & listed(block, current[:, None], INITIAL, LOCAL)
     # Blocks of sequence b are bins start // BLOCK + b on: room for each of its blocks, without a sync.
     bin_ = head * bins + start // BLOCK + b + block
-    rank = tl.atomic_add(counts_ptr + bin_, 1, mask=keep, sem="relaxed")
+    rank = tl.atomic_add(counters_ptr + bin_ * 8, 1, mask=keep, sem="relaxed")
     local = (token - first)[:, None] * COUNT + slot
     tl.store(rank_ptr + head.to(tl.int64) * chunk * COUNT + local, rank, mask=keep)
 
 
 @triton.jit
 def plan_kernel(
-    counts_ptr,  # [Hkv, bins] int32
-    offsets_ptr,  # [Hkv, bins] int32: where a bin's list starts
+    counters_ptr,  # [Hkv, bins, 8] int32
+    counts_ptr,  # [Hkv, bins] int32: entries of a bin's list
+    offsets_ptr,  # [Hkv, bins] int32: where it starts
     records_ptr,  # [Hkv, max_records, 2] int32: bin, first entry in the bin's list
     totals_ptr,  # [Hkv] int32: records of a head
     bins: tl.int32,
@@ -109,28 +110,37 @@ def plan_kernel(
     """Where each list of one head starts, and one record per ENTRIES entries of a list.
 
     Entries come nearly in token order, so records go piece by piece: first every list's first piece, then every second one. Programs that
-    run at the same time then share their queries' q in L2.
+    run at the same time then share their queries' q in L2. The programs of a head take pieces in turn.
     """
     head = tl.program_id(0)
     offset = 0
     most = 0
+    records = 0
     for base in range(0, bins, BINS):
         bin_ = base + tl.arange(0, BINS)
-        count = tl.load(counts_ptr + head * bins + bin_, mask=bin_ < bins, other=0)
-        tl.store(offsets_ptr + head * bins + bin_, offset + tl.cumsum(count, 0) - count, mask=bin_ < bins)
+        count = tl.load(counters_ptr + (head * bins + bin_) * 8, mask=bin_ < bins, other=0)
+        if tl.program_id(1) == 0:
+            tl.store(counts_ptr + head * bins + bin_, count, mask=bin_ < bins)
+            tl.store(offsets_ptr + head * bins + bin_, offset + tl.cumsum(count, 0) - count, mask=bin_ < bins)
         offset += tl.sum(count, 0)
         most = tl.maximum(most, tl.max(count, 0))
-    record = 0
-    for entry in range(0, most, ENTRIES):
+        records += tl.sum((count + ENTRIES - 1) // ENTRIES, 0)
+    if tl.program_id(1) == 0:
+        tl.store(totals_ptr + head, records)
+    for piece in range(tl.program_id(1), (most + ENTRIES - 1) // ENTRIES, tl.num_programs(1)):
+        record = 0  # of earlier pieces
         for base in range(0, bins, BINS):
             bin_ = base + tl.arange(0, BINS)
-            longer = tl.load(counts_ptr + head * bins + bin_, mask=bin_ < bins, other=0) > entry
+            count = tl.load(counters_ptr + (head * bins + bin_) * 8, mask=bin_ < bins, other=0)
+            record += tl.sum(tl.minimum((count + ENTRIES - 1) // ENTRIES, piece), 0)
+        for base in range(0, bins, BINS):
+            bin_ = base + tl.arange(0, BINS)
+            longer = tl.load(counters_ptr + (head * bins + bin_) * 8, mask=bin_ < bins, other=0) > piece * ENTRIES
             place = record + tl.cumsum(longer.to(tl.int32), 0) - 1
             target = records_ptr + (head.to(tl.int64) * max_records + place) * 2
             tl.store(target, bin_, mask=longer)
-            tl.store(target + 1, tl.zeros_like(bin_) + entry, mask=longer)
+            tl.store(target + 1, tl.zeros_like(bin_) + piece * ENTRIES, mask=longer)
             record += tl.sum(longer.to(tl.int32), 0)
-    tl.store(totals_ptr + head, record)
 
 
 @triton.jit
@@ -569,18 +579,18 @@ def selected_attention_bwd(
     slot_elements = _COUNT * _GROUP * _BLOCK
     slot_bytes = slot_elements * q.element_size()
     query_bytes = heads * (slot_bytes + _COUNT * 8 + -(-_COUNT * 8 // _ENTRIES))
-    fixed = heads * bins * 16
+    fixed = heads * bins * 48
     query_elements = max(q.stride(0), do.stride(0), slot_elements, _COUNT)
     most = min((workspace_bytes - fixed) // query_bytes, (2**31 - 1) // query_elements, 65536)
     most = max(most // _TOKENS, 1) * _TOKENS
     chunks = -(-max(queries, 1) // most)
     chunk = -(-max(queries, 1) // (chunks * _TOKENS)) * _TOKENS
     max_records = (chunk * _COUNT // _ENTRIES + bins + 1) // 2 * 2
-    # Whole multiples of 16 bytes: rank and place of list entries [heads, chunk * count], length and begin of lists [heads, bins], records
-    # [heads, max_records, 2], and how many [heads].
-    sizes = [heads * n for n in (chunk * _COUNT, chunk * _COUNT, bins, bins, max_records * 2, 1)]
+    # Whole multiples of 16 bytes: rank and place of list entries [heads, chunk * count], counters of lists [heads, bins, 8], length
+    # and begin of lists [heads, bins], records [heads, max_records, 2], and how many [heads].
+    sizes = [heads * n for n in (chunk * _COUNT, chunk * _COUNT, bins * 8, bins, bins, max_records * 2, 1)]
     scratch = torch.empty((sum(sizes),), dtype=torch.int32, device=device)
-    rank, entries, counts, offsets, records, totals = scratch.split(sizes)
+    rank, entries, counters, counts, offsets, records, totals = scratch.split(sizes)
     part = torch.empty((heads, chunk, slot_elements), dtype=q.dtype, device=device)
     rows_of = (q, do, lse, delta, gate, block_indices, dq, dq_add)
     for begin in range(0, queries, chunk):
@@ -589,9 +599,9 @@ def selected_attention_bwd(
             q, do, lse, delta, gate, block_indices, dq, dq_add = (None if x is None else x[begin:end] for x in rows_of)
         where = (cu_seqlens, begin, end, heads, batch, max_seqlen)
         list_grid = ((end - begin) // _TOKENS + batch, heads)
-        counts.zero_()
-        _count(list_grid, block_indices, counts, rank, *where, bins, chunk, LOCAL=local)
-        _plan((heads,), counts, offsets, records, totals, bins, max_records)
+        counters.zero_()
+        _count(list_grid, block_indices, counters, rank, *where, bins, chunk, LOCAL=local)
+        _plan((heads, 16), counters, counts, offsets, records, totals, bins, max_records)
         _scatter(list_grid, block_indices, rank, offsets, entries, *where, bins, chunk, LOCAL=local)
         _dkv(
             (max_records, heads),

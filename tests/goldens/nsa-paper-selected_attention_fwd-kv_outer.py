@@ -68,7 +68,7 @@ def listed(block, current, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
 @triton.jit
 def count_kernel(
     index_ptr,  # [last - first, Hkv, COUNT] int32
-    counts_ptr,  # [Hkv, bins] int32, zero
+    counters_ptr,  # [Hkv, bins, 8] int32, zero: 32 bytes for each, which L2 then counts in as many places
     rank_ptr,  # [Hkv, chunk * COUNT] int32: place of an entry in its list
     cu_seqlens,
     first: tl.int32,
@@ -99,15 +99,16 @@ def count_kernel(
     keep = exists & listed(block, current[:, None], INITIAL, LOCAL)
     # Blocks of sequence b are bins start // BLOCK + b on: room for each of its blocks, without a sync.
     bin_ = head * bins + start // BLOCK + b + block
-    rank = tl.atomic_add(counts_ptr + bin_, 1, mask=keep, sem="relaxed")
+    rank = tl.atomic_add(counters_ptr + bin_ * 8, 1, mask=keep, sem="relaxed")
     local = (token - first)[:, None] * COUNT + slot
     tl.store(rank_ptr + head.to(tl.int64) * chunk * COUNT + local, rank, mask=keep)
 
 
 @triton.jit
 def plan_kernel(
-    counts_ptr,  # [Hkv, bins] int32
-    offsets_ptr,  # [Hkv, bins] int32: where a bin's list starts
+    counters_ptr,  # [Hkv, bins, 8] int32
+    counts_ptr,  # [Hkv, bins] int32: entries of a bin's list
+    offsets_ptr,  # [Hkv, bins] int32: where it starts
     records_ptr,  # [Hkv, max_records, 2] int32: bin, first entry in the bin's list
     totals_ptr,  # [Hkv] int32: records of a head
     bins: tl.int32,
@@ -118,28 +119,37 @@ def plan_kernel(
     """Where each list of one head starts, and one record per ENTRIES entries of a list.
 
     Entries come nearly in token order, so records go piece by piece: first every list's first piece, then every second one. Programs that
-    run at the same time then share their queries' q in L2.
+    run at the same time then share their queries' q in L2. The programs of a head take pieces in turn.
     """
     head = tl.program_id(0)
     offset = 0
     most = 0
+    records = 0
     for base in range(0, bins, BINS):
         bin_ = base + tl.arange(0, BINS)
-        count = tl.load(counts_ptr + head * bins + bin_, mask=bin_ < bins, other=0)
-        tl.store(offsets_ptr + head * bins + bin_, offset + tl.cumsum(count, 0) - count, mask=bin_ < bins)
+        count = tl.load(counters_ptr + (head * bins + bin_) * 8, mask=bin_ < bins, other=0)
+        if tl.program_id(1) == 0:
+            tl.store(counts_ptr + head * bins + bin_, count, mask=bin_ < bins)
+            tl.store(offsets_ptr + head * bins + bin_, offset + tl.cumsum(count, 0) - count, mask=bin_ < bins)
         offset += tl.sum(count, 0)
         most = tl.maximum(most, tl.max(count, 0))
-    record = 0
-    for entry in range(0, most, ENTRIES):
+        records += tl.sum((count + ENTRIES - 1) // ENTRIES, 0)
+    if tl.program_id(1) == 0:
+        tl.store(totals_ptr + head, records)
+    for piece in range(tl.program_id(1), (most + ENTRIES - 1) // ENTRIES, tl.num_programs(1)):
+        record = 0  # of earlier pieces
         for base in range(0, bins, BINS):
             bin_ = base + tl.arange(0, BINS)
-            longer = tl.load(counts_ptr + head * bins + bin_, mask=bin_ < bins, other=0) > entry
+            count = tl.load(counters_ptr + (head * bins + bin_) * 8, mask=bin_ < bins, other=0)
+            record += tl.sum(tl.minimum((count + ENTRIES - 1) // ENTRIES, piece), 0)
+        for base in range(0, bins, BINS):
+            bin_ = base + tl.arange(0, BINS)
+            longer = tl.load(counters_ptr + (head * bins + bin_) * 8, mask=bin_ < bins, other=0) > piece * ENTRIES
             place = record + tl.cumsum(longer.to(tl.int32), 0) - 1
             target = records_ptr + (head.to(tl.int64) * max_records + place) * 2
             tl.store(target, bin_, mask=longer)
-            tl.store(target + 1, tl.zeros_like(bin_) + entry, mask=longer)
+            tl.store(target + 1, tl.zeros_like(bin_) + piece * ENTRIES, mask=longer)
             record += tl.sum(longer.to(tl.int32), 0)
-    tl.store(totals_ptr + head, record)
 
 
 @triton.jit
@@ -505,7 +515,7 @@ def workspace(heads, element_size, tokens, batch, rest=False):
     count = _BLOCKS["COUNT"]
     parts = _DIMS["G"] * (_LISTED if rest else count + 1) * (_DIMS["D_V"] * element_size + 4)
     each = heads * (parts + count * 8 + -(-count * 8 // _ENTRIES))
-    return heads * _bins(tokens, batch) * 16 + 4096, each, 8192
+    return heads * _bins(tokens, batch) * 48 + 4096, each, 8192
 
 
 def _bins(tokens, batch):
@@ -538,11 +548,11 @@ def selected_attention_fwd(
     max_records = (chunk * count // _ENTRIES + bins + 1) // 2 * 2
     part = torch.empty((heads, slots, chunk, group, _DIMS["D_V"]), dtype=o.dtype, device=device)
     part_lse = torch.empty((heads, slots, chunk, group), dtype=torch.float32, device=device)
-    # Whole multiples of 16 bytes: rank and place of list entries [heads, chunk * count], length and begin of lists [heads, bins], records
-    # [heads, max_records, 2], and how many [heads].
-    sizes = [heads * n for n in (chunk * count, chunk * count, bins, bins, max_records * 2, 1)]
+    # Whole multiples of 16 bytes: rank and place of list entries [heads, chunk * count], counters of lists [heads, bins, 8], length
+    # and begin of lists [heads, bins], records [heads, max_records, 2], and how many [heads].
+    sizes = [heads * n for n in (chunk * count, chunk * count, bins * 8, bins, bins, max_records * 2, 1)]
     scratch = torch.empty((sum(sizes),), dtype=torch.int32, device=device)
-    rank, entries, counts, offsets, records, totals = scratch.split(sizes)
+    rank, entries, counters, counts, offsets, records, totals = scratch.split(sizes)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     per_query = (q, block_indices, o, lse)
     for begin in range(0, queries, chunk):
@@ -553,9 +563,9 @@ def selected_attention_fwd(
         list_grid = ((end - begin) // _TOKENS + batch, heads)
         where = (cu_seqlens, first, last, heads, batch, max_seqlen)
         rows = (end - begin) * group
-        counts.zero_()
-        _count(list_grid, block_indices, counts, rank, *where, bins, chunk)
-        _plan((heads,), counts, offsets, records, totals, bins, max_records)
+        counters.zero_()
+        _count(list_grid, block_indices, counters, rank, *where, bins, chunk)
+        _plan((heads, 16), counters, counts, offsets, records, totals, bins, max_records)
         _scatter(list_grid, block_indices, rank, offsets, entries, *where, bins, chunk)
         _gather(
             (max_records, heads),
