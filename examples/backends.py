@@ -24,14 +24,10 @@ import nsa_gen
 from examples.model import Decoder
 from examples.scheduler import PagePool
 from nsa_gen import reference
-from nsa_gen.cache import MOST_TOKENS
-
-#: A sequence of ``NSA``: its ids in the layers' caches.
-Ids = tuple[int, ...]
 
 
 class NSA:
-    """NSA's kernels over one ``PagedKVCache`` a layer, which all do the same in the same order, so that the first speaks for all."""
+    """NSA's kernels over a ``PagedKVCache`` of all layers."""
 
     joint = False
 
@@ -43,60 +39,57 @@ class NSA:
                 f"spec {self.spec.name!r}: kv must be shared, as full attention has it, and pooling mean or weighted, whose φ reads keys "
                 f"as the cache has them; got kv {self.spec.kv}, pooling {self.spec.compression.pooling}"
             )
-        self.caches = [
-            nsa_gen.PagedKVCache(
-                self.spec, pages, page_size=page_size, max_sequences=sequences, max_seqlen=max_seqlen, dtype=weight.dtype,
-                phi_k=layer.phi_k(weight.dtype), phi_v=layer.phi_v(weight.dtype), device=weight.device,
-            )
-            for layer in layers
-        ]  # fmt: skip
+        each = [[phi(weight.dtype) for phi in of_layers] for of_layers in zip(*((x.phi_k, x.phi_v) for x in layers), strict=True)]
+        phi_k, phi_v = (weights if len(layers) > 1 else weights[0] for weights in each)
+        self.cache = nsa_gen.PagedKVCache(
+            self.spec, pages, page_size=page_size, layers=len(layers), max_sequences=sequences, max_seqlen=max_seqlen, dtype=weight.dtype,
+            phi_k=phi_k, phi_v=phi_v, device=weight.device,
+        )  # fmt: skip
 
     # --- sequences ---------------------------------------------------------------------------------------------------------------
 
     @property
     def pages_free(self) -> int:
-        return self.caches[0].pages_free
+        return self.cache.pages_free
 
     @property
     def pages_total(self) -> int:
-        return self.caches[0].pages_total
+        return self.cache.pages_total
 
-    def pages_needed(self, tokens: Mapping[Ids, int]) -> int:
-        return self.caches[0].pages_needed({ids[0]: n for ids, n in tokens.items()})
+    def pages_needed(self, tokens: Mapping[int, int]) -> int:
+        return self.cache.pages_needed(tokens)
 
-    def create(self) -> Ids:
-        return tuple(cache.create() for cache in self.caches)
+    def create(self) -> int:
+        return self.cache.create()
 
-    def fork(self, sequence: Ids, tokens: int) -> Ids:
-        return tuple(cache.fork(i, tokens) for cache, i in zip(self.caches, sequence, strict=True))
+    def fork(self, sequence: int, tokens: int) -> int:
+        return self.cache.fork(sequence, tokens)
 
-    def free(self, *sequences: Ids) -> None:
-        for cache, ids in zip(self.caches, zip(*sequences, strict=True), strict=True):
-            cache.free(*ids)
+    def free(self, *sequences: int) -> None:
+        self.cache.free(*sequences)
 
-    def length(self, sequence: Ids) -> int:
-        return self.caches[0].length(sequence[0])
+    def length(self, sequence: int) -> int:
+        return self.cache.length(sequence)
 
-    def slots(self, sequences: Sequence[Ids]) -> Tensor:
-        return self.caches[0].slots([ids[0] for ids in sequences])
+    def slots(self, sequences: Sequence[int]) -> Tensor:
+        return self.cache.slots(sequences)
 
     # --- a pass ------------------------------------------------------------------------------------------------------------------
 
     def prefill(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], sequences: Sequence[Ids], counts: Sequence[int]
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], sequences: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
-        cache, ids = self.caches[layer], [sequence[layer] for sequence in sequences]
-        cache.append(ids, k, v, counts)
-        return nsa_gen.nsa_prefill(q, *gates, cache=cache, sequences=ids, tokens=counts)
+        if layer == 0:
+            self.cache.reserve(sequences, counts)
+        self.cache.fill(sequences, k, v, counts, layer)
+        return nsa_gen.nsa_prefill(q, *gates, cache=self.cache, sequences=sequences, tokens=counts, layer=layer)
 
-    def reserve(self, sequences: Sequence[Ids]) -> None:
-        for cache, ids in zip(self.caches, zip(*sequences, strict=True), strict=True):
-            cache.reserve(ids)
+    def reserve(self, sequences: Sequence[int]) -> None:
+        self.cache.reserve(sequences)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], slots: Tensor, positions: Tensor) -> Tensor:
-        cache = self.caches[layer]
-        cache.write(k, v, slots)
-        return nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
+        self.cache.write(k, v, slots, layer)
+        return nsa_gen.nsa_decode(q, *gates, cache=self.cache, slots=slots, layer=layer)
 
 
 class PlainNSA(NSA):
@@ -105,17 +98,20 @@ class PlainNSA(NSA):
     joint = True
 
     def prefill(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], sequences: Sequence[Ids], counts: Sequence[int]
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], sequences: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
-        cache, ids = self.caches[layer], [sequence[layer] for sequence in sequences]
-        tables, size = cache.tables[cache.streams.index("tokens")], cache.page_size
-        for i, slot, x, y in zip(ids, cache.slots(ids).tolist(), k.split(list(counts)), v.split(list(counts)), strict=True):
-            row = torch.arange(len(x), device=q.device) + cache.length(i)
-            for first in range(0, len(x), MOST_TOKENS):
-                cache.reserve([i], min(MOST_TOKENS, len(x) - first))
+        cache = self.cache
+        tables, size, pages = cache.tables[cache.streams.index("tokens")], cache.page_size, cache.layer(layer)
+        if layer == 0:
+            cache.reserve(sequences, counts)
+        slots = cache.slots(sequences).tolist()
+        for sequence, slot, *given in zip(sequences, slots, k.split(list(counts)), v.split(list(counts)), strict=True):
+            length = cache.length(sequence)
+            row = torch.arange(length - len(given[0]), length, device=q.device)
             page = tables[slot, row // size].long()
-            cache.k_pages[page, :, row % size], cache.v_pages[page, :, row % size] = x, y
-        held = [cache.read(i) for i in ids]
+            for held, new in zip(pages, given, strict=True):
+                held[page, :, row % size] = new
+        held = [cache.read(sequence, layer=layer) for sequence in sequences]
         limits = [0, *accumulate(len(x) for x, _ in held)]
         at = torch.cat([torch.arange(end - n, end, device=q.device) for end, n in zip(limits[1:], counts, strict=True)])
 
@@ -123,7 +119,7 @@ class PlainNSA(NSA):
             return x.new_zeros(limits[-1], *x.shape[1:]).index_copy(0, at, x)
 
         return reference.nsa_attention(
-            spread(q), torch.cat([x for x, _ in held]), torch.cat([y for _, y in held]), *map(spread, gates), self.spec, *cache.phi,
+            spread(q), torch.cat([x for x, _ in held]), torch.cat([y for _, y in held]), *map(spread, gates), self.spec, *cache.phi[layer],
             cu_seqlens=limits, queries=at,
         )  # fmt: skip
 

@@ -78,9 +78,9 @@ def parts(spec: Spec, cached: Cached, shape: TuneShape, given: dict[str, Any]) -
         for name in ("decode_dense_fwd", "decode_selected_fwd")
     )
     selected, sliding, compressed = (cache.tables[i] for i in decode.STREAMS[len(cache.streams)])
-    k_dense_scale, k_scale, v_scale = cache.scales or (None,) * 3
+    k_dense_scale, k_scale, v_scale = cache.scales[0] or (None,) * 3
     blocks = torch.empty(shape.batch, tokens, spec.heads.kv, spec.selection.count, dtype=torch.int32, device="cuda")
-    pages, where, scale = (cache.k_pages, cache.v_pages), (slots, cache.lengths), spec.head_dim.qk**-0.5
+    pages, where, scale = cache.layer(0), (slots, cache.lengths), spec.head_dim.qk**-0.5
     o = torch.empty(shape.batch, tokens, heads, spec.head_dim.v, **made)
 
     def first() -> Any:

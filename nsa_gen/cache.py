@@ -1,6 +1,7 @@
 """``PagedKVCache``: keys and values of many sequences for serving, in pages of one pool, with their compressed tokens.
 
-Rows of K and V lie in pages ``[pages,Hkv,page_size,D]``. Every sequence has *streams* of rows, each with a table of pages:
+Rows of K and V lie in pages ``[layers,pages,Hkv,page_size,D]``: a page is the same place in every layer, so that tables, lengths and what
+the host knows serve all of them. Every sequence has *streams* of rows, each with a table of pages:
 
 * shared K and V: ``tokens`` and ``compressed``;
 * K and V per branch (paper section 3.3.3): ``pooled`` (what φ has yet to read), ``selected``, ``sliding`` and ``compressed``. Of ``pooled``
@@ -22,42 +23,44 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .branches import compression, decode
+from .branches import decode
 from .branches._inputs import DTYPES, SpecLike, geometry_of
 from .config import MOST_TOKENS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
+from .rows import FP8, Places, Rows
 from .spec import load
 
 __all__ = ["PagedKVCache"]
 
-#: What K and V may be stored in besides their own dtype, and the largest number it holds.
-FP8 = torch.float8_e4m3fn
-_FP8_MAX = 448.0
 Branches = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 class PagedKVCache:
     """Keys and values of many sequences, and their compressed tokens, in pages.
 
+    With one layer, :meth:`append` does all. With several, :meth:`reserve` makes room once a step, and :meth:`fill` (or :meth:`write`, in a
+    CUDA graph) brings each layer's rows.
+
     Args:
         spec: a name in ``specs/``, a path, or a ``Spec``: heads, head dims, blocks, and whether K and V are per branch.
         pages: how many there are. A sequence of n tokens takes ``ceil(n / page_size)`` and, for n/stride compressed tokens, as many less.
         page_size: rows a page: a multiple of the spec's selection block, so that a block never lies in two.
+        layers: of a model, which share tables.
         max_sequences: that exist at a time.
         max_seqlen: tokens of a sequence.
         dtype: of K and V as given and as read; default the spec's.
         storage: dtype of what is stored: ``dtype`` (default), or ``torch.float8_e4m3fn`` (of NVIDIA GPUs from sm_89 on).
-        k_scale, v_scale: with fp8, what stored numbers are multiplied by: a number, ``[Hkv]``, or ``[streams,Hkv]`` in the order of
-            ``streams``. Numbers past 448 times that are clipped.
-        phi_k, phi_v: weights of φ, see :func:`nsa_gen.compress`.
+        k_scale, v_scale: with fp8, what stored numbers are multiplied by: a number, ``[Hkv]``, ``[streams,Hkv]`` in the order of
+            ``streams``, or ``[layers,streams,Hkv]``. Numbers past 448 times that are clipped.
+        phi_k, phi_v: weights of φ, see :func:`nsa_gen.compress`; with several layers a list of these for each.
         rewind: tokens that can be taken back at a time where rows are given up (per branch): speculation that was wrong.
         heads_kv: KV heads; default the spec's, another number for a tensor-parallel shard.
         device: of pages and tables.
 
     Attributes:
         streams: names of the tables, in order.
-        k_pages, v_pages: ``[pages,Hkv,page_size,Dqk]`` and ``[…,Dv]``.
+        k_pages, v_pages: ``[layers,pages,Hkv,page_size,Dqk]`` and ``[…,Dv]``.
         tables: int32 ``[streams,max_sequences,max_pages]``.
         lengths: int32 ``[max_sequences]``, tokens by slot.
 
@@ -72,14 +75,15 @@ class PagedKVCache:
         pages: int,
         *,
         page_size: int = 64,
+        layers: int = 1,
         max_sequences: int = 256,
         max_seqlen: int = 131072,
         dtype: torch.dtype | None = None,
         storage: torch.dtype | None = None,
         k_scale: float | Tensor = 1.0,
         v_scale: float | Tensor = 1.0,
-        phi_k: Sequence[Tensor] = (),
-        phi_v: Sequence[Tensor] = (),
+        phi_k: Sequence[Tensor] | Sequence[Sequence[Tensor]] = (),
+        phi_v: Sequence[Tensor] | Sequence[Sequence[Tensor]] = (),
         rewind: int = 16,
         heads_kv: int | None = None,
         device: str | torch.device = "cuda",
@@ -89,9 +93,8 @@ class PagedKVCache:
         self.spec, self.per_branch = loaded, loaded.kv == "per_branch"
         self.dtype = dtype or getattr(torch, loaded.dtype)
         self.storage = storage or self.dtype
-        for name, value, least in (
-            ("pages", pages, 0), ("max_sequences", max_sequences, 1), ("max_seqlen", max_seqlen, 1), ("rewind", rewind, 0),
-        ):  # fmt: skip
+        least_of = {"pages": (pages, 0), "layers": (layers, 1), "max_sequences": (max_sequences, 1), "max_seqlen": (max_seqlen, 1)}
+        for name, (value, least) in (least_of | {"rewind": (rewind, 0)}).items():
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number from {least}, got {value!r}")
         if not isinstance(page_size, int) or page_size < 1 or page_size % g.selection_block:
@@ -102,10 +105,6 @@ class PagedKVCache:
             raise InputError(f"storage: {allowed(self.storage, (self.dtype, FP8))}")
         heads = self.heads_kv = g.kv if heads_kv is None else heads_kv
         self.device, self.page_size = torch.device(device), page_size
-        made = {"device": self.device}
-        for name, weights, dim in (("phi_k", phi_k, g.qk), ("phi_v", phi_v, g.v)):
-            compression.check_weights(name, tuple(weights), torch.empty(0, heads, dim, dtype=self.dtype, **made), g)
-        self.phi = tuple(phi_k), tuple(phi_v)
 
         def compressed(tokens: int) -> int:
             return max(0, (tokens - g.block) // g.stride + 1)
@@ -119,17 +118,16 @@ class PagedKVCache:
         streams["compressed"] = Stream(compressed)
         self.streams = tuple(streams)
         self._pages = Pages(pages, page_size, tuple(streams.values()), max_sequences, max_seqlen, rewind)
-        self.k_pages, self.v_pages = (torch.zeros(pages, heads, page_size, dim, dtype=self.storage, **made) for dim in (g.qk, g.v))
-        self.tables = torch.zeros(len(streams), max_sequences, -(-max_seqlen // page_size), dtype=torch.int32, **made)
-        self.lengths = torch.zeros(max_sequences, dtype=torch.int32, **made)
-        self.max_seqlen = max_seqlen
-        self.k_scale, self.v_scale = self._scale("k_scale", k_scale), self._scale("v_scale", v_scale)
-        self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, dtype=torch.int32, **made)
-        selected, sliding, compressed = decode.STREAMS[len(streams)]
-        #: What decoding multiplies by: compressed and sliding K, selected K, all of V; nothing where nothing is scaled.
-        self.scales: tuple[Tensor, ...] = () if self.storage is self.dtype else (
-            self.k_scale[[compressed, sliding]], self.k_scale[selected], self.v_scale[[compressed, selected, sliding]],
+        self._rows = Rows(
+            g, self.streams, layers=layers, pages=pages, heads=heads, page_size=page_size, dtype=self.dtype, storage=self.storage,
+            k_scale=k_scale, v_scale=v_scale, phi_k=phi_k, phi_v=phi_v, device=self.device,
         )  # fmt: skip
+        self.layers, self.max_seqlen = layers, max_seqlen
+        self.k_pages, self.v_pages, self.phi, self.scales = self._rows.k_pages, self._rows.v_pages, self._rows.phi, self._rows.scales
+        made = {"dtype": torch.int32, "device": self.device}
+        self.tables = torch.zeros(len(streams), max_sequences, -(-max_seqlen // page_size), **made)
+        self.lengths = torch.zeros(max_sequences, **made)
+        self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, **made)
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------
 
@@ -200,7 +198,7 @@ class PagedKVCache:
     # --- rows --------------------------------------------------------------------------------------------------------------------
 
     def append(self, sequences: Sequence[int], k: Branches, v: Branches, tokens: Sequence[int] | None = None) -> None:
-        """Add tokens to sequences, and the compressed tokens that are complete with them.
+        """Add tokens to sequences of a cache of one layer, and the compressed tokens that are complete with them.
 
         Args:
             sequences: each once.
@@ -211,65 +209,82 @@ class PagedKVCache:
         Raises:
             UnknownSequence: one is not in this cache.
             OutOfPages: not enough are free.
-            InputError: another shape, dtype, device or number of tokens, or a sequence longer than ``max_seqlen``. In all three cases the
-                cache is as before.
+            InputError: another shape, dtype, device or number of tokens, a sequence longer than ``max_seqlen``, or several layers. In all
+                three cases the cache is as before.
         """
+        if self.layers > 1:
+            raise InputError(f"append is for caches of one layer, this one has {self.layers}: reserve, then fill each of them")
         given = self._given(k, v)
         more = self.counts(sequences, given[0][0].shape[0], tokens)
-        before = {sequence: self._pages.find(sequence).tokens for sequence in more}
         self._extend(more)
-        if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
-            self._append_few(given, self.slots(list(more)))
-            return
-        for stream, (x, y) in enumerate(given):
-            self._write(stream, [(s, before[s], before[s] + n) for s, n in more.items()], x, y)
-        self._compress(more, before)
+        self._fill(given, more, 0)
 
-    def reserve(self, sequences: Sequence[int], tokens: int = 1) -> None:
-        """Make room for so many more tokens of each sequence and count them as there: :meth:`write` brings them.
+    def reserve(self, sequences: Sequence[int], tokens: int | Sequence[int] = 1) -> None:
+        """Make room for so many more tokens of each sequence and count them as there; :meth:`fill` or :meth:`write` bring each layer's.
 
         Raises:
             UnknownSequence, OutOfPages, InputError: as for :meth:`append`; the cache is then as before.
         """
-        if not 1 <= tokens <= MOST_TOKENS:
-            raise InputError(f"tokens must be 1 to {MOST_TOKENS}, got {tokens}")
-        more = self.counts(sequences, tokens * len(sequences), None)
-        self._extend(more)
+        each = [tokens] * len(sequences) if isinstance(tokens, int) else list(tokens)
+        self._extend(self.counts(sequences, sum(each), each))
 
-    def write(self, k: Branches, v: Branches, slots: Tensor) -> None:
+    def fill(self, sequences: Sequence[int], k: Branches, v: Branches, tokens: Sequence[int] | None = None, layer: int = 0) -> None:
+        """Write the last tokens of sequences in one layer, for which there is room since :meth:`reserve`, and what they complete.
+
+        Args:
+            sequences, k, v, tokens: as for :meth:`append`. Where K and V are per branch, the tokens must be those of the last ``reserve``.
+
+        Raises:
+            UnknownSequence, InputError: as for :meth:`append`; or a sequence has not so many tokens, or there is no such layer.
+        """
+        self.layer(layer)
+        given = self._given(k, v)
+        more = self.counts(sequences, given[0][0].shape[0], tokens)
+        for sequence, count in more.items():
+            if self.length(sequence) < count:
+                raise InputError(f"{count} tokens for sequence {sequence}, which has {self.length(sequence)}: reserve comes first")
+        self._fill(given, more, layer)
+
+    def write(self, k: Branches, v: Branches, slots: Tensor, layer: int = 0) -> None:
         """Write the last tokens of sequences, for which there is room since :meth:`reserve`, and what they complete: one kernel.
 
         Where they go the device knows: captured in a CUDA graph it serves any later step, each after a :meth:`reserve`.
 
         Args:
-            k, v: ``[S*n,Hkv,D]``, n tokens of each of S sequences; three of each where K and V are per branch.
+            k, v: ``[S*n,Hkv,D]``, n tokens of each of S sequences, 1 to 8; three of each where K and V are per branch.
             slots: int32 ``[S]``, as :meth:`slots` gives them.
 
         Raises:
-            InputError: another shape, dtype, device, or number of tokens.
+            InputError: another shape, dtype, device, or number of tokens, or no such layer.
         """
+        self.layer(layer)
         given, count = self._given(k, v), slots.shape[0] if isinstance(slots, Tensor) and slots.dim() == 1 else 0
         if not count or slots.dtype is not torch.int32 or slots.device.type != self.device.type:
             raise InputError(f"slots must be int32 [S] on {self.device}, got {getattr(slots, 'dtype', type(slots).__name__)}")
         total = given[0][0].shape[0]
         if total % count or not 1 <= total // count <= MOST_TOKENS:
             raise InputError(f"{total} tokens for {count} sequences: allowed are 1 to {MOST_TOKENS} of each")
-        self._append_few(given, slots)
+        self._fill_few(given, slots, layer)
 
-    def read(self, sequence: int, stream: str = "tokens") -> tuple[Tensor, Tensor]:
+    def read(self, sequence: int, stream: str = "tokens", layer: int = 0) -> tuple[Tensor, Tensor]:
         """K and V of a stream, ``[rows,Hkv,Dqk]`` and ``[rows,Hkv,Dv]`` in ``dtype``, in one piece.
 
         Raises:
             UnknownSequence: not in this cache.
-            InputError: no such stream, or rows of it were given up.
+            InputError: no such stream or layer, or rows of it were given up.
         """
+        self.layer(layer)
         held = self._pages.find(sequence)
         if stream not in self.streams:
             raise InputError(f"stream: {allowed(stream, self.streams)}")
         number = self.streams.index(stream)
         if None in held.pages[number]:
             raise InputError(f"stream {stream!r} of sequence {sequence} has given its first rows up")
-        return self.gather(number, [(sequence, 0, self.rows(sequence, number))])
+        return self.gather(number, [(sequence, 0, self.rows(sequence, number))], layer)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``k_pages`` and ``v_pages`` of a layer. Raises ``InputError`` where there is none."""
+        return self._rows.layer(layer)
 
     def rows(self, sequence: int, stream: int) -> int:
         """Rows of a stream (by number). Raises ``UnknownSequence``."""
@@ -281,12 +296,24 @@ class PagedKVCache:
         self._apply(self._pages.extend(more))
         self._set_lengths(list(more))
 
-    def _append_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor) -> None:
+    def _fill(self, given: list[tuple[Tensor, Tensor]], more: Mapping[int, int], layer: int) -> None:
+        """Store the last tokens of sequences, so many of each, and what they complete."""
+        if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
+            self._fill_few(given, self.slots(list(more)), layer)
+            return
+        before = {sequence: self.length(sequence) - count for sequence, count in more.items()}
+        for stream, (x, y) in enumerate(given):
+            self._write(stream, [(s, before[s], before[s] + n) for s, n in more.items()], x, y, layer)
+        self._compress(more, before, layer)
+
+    def _fill_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor, layer: int) -> None:
         k, v = (list(x) for x in zip(*given, strict=True))
-        scales = [] if self.storage is self.dtype else [self.k_scale, self.v_scale]
-        tensors = (self.k_pages, self.v_pages, self.tables, scales, slots, self.lengths, list(self.phi[0]), list(self.phi[1]))
+        scales = [] if self.storage is self.dtype else [self._rows.k_scale[layer], self._rows.v_scale[layer]]
+        phi_k, phi_v = map(list, self.phi[layer])
         with torch.no_grad():
-            decode.append(k, v, *tensors, self.geometry.key, self.max_seqlen)
+            decode.append(
+                k, v, *self.layer(layer), self.tables, scales, slots, self.lengths, phi_k, phi_v, self.geometry.key, self.max_seqlen
+            )  # fmt: skip
 
     def _given(self, k: Branches, v: Branches) -> list[tuple[Tensor, Tensor]]:
         """K and V of each stream that takes tokens, checked."""
@@ -321,7 +348,7 @@ class PagedKVCache:
             raise InputError(f"tokens must be {len(sequences)} numbers from 0 that add up to {total}, got {list(tokens)}")
         return dict(zip(sequences, map(int, tokens), strict=True))
 
-    def _compress(self, more: Mapping[int, int], before: Mapping[int, int]) -> None:
+    def _compress(self, more: Mapping[int, int], before: Mapping[int, int], layer: int) -> None:
         """Write the compressed tokens that ``more`` has completed. φ reads what is stored, so it matters not how tokens came in."""
         g, number = self.geometry, len(self.streams) - 1
         rows = self._pages.streams[number].rows
@@ -335,11 +362,12 @@ class PagedKVCache:
         rows_of = [np.arange(last - first) + limit // g.stride for (_, first, last), limit in zip(new, limits[:-1], strict=True)]
         index = torch.from_numpy(np.concatenate(rows_of)).to(self.device)
         with torch.no_grad():
-            x, y = self.gather(0, reach)
-            made = (ops.compress(x, self.phi[0], which="k", **where), ops.compress(y, self.phi[1], which="v", **where))
-        self._write(number, new, *(x[index] for x in made))
+            x, y = self.gather(0, reach, layer)
+            phi_k, phi_v = self.phi[layer]
+            made = (ops.compress(x, phi_k, which="k", **where), ops.compress(y, phi_v, which="v", **where))
+        self._write(number, new, *(x[index] for x in made), layer)
 
-    def _places(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    def _places(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> Places:
         """Page and row in it of rows ``first`` to ``last`` of some sequences, one after the other."""
         pages, offsets = [], []
         for sequence, first, last in spans:
@@ -352,28 +380,17 @@ class PagedKVCache:
         made = torch.from_numpy(np.stack([np.concatenate(pages), np.concatenate(offsets)])).to(self.device)
         return made[0], made[1]
 
-    def _write(self, stream: int, spans: Sequence[tuple[int, int, int]], k: Tensor, v: Tensor) -> None:
+    def _write(self, stream: int, spans: Sequence[tuple[int, int, int]], k: Tensor, v: Tensor, layer: int) -> None:
         if not spans:
             return
-        page, row = self._places(stream, spans)
-        for pages, x, scale in ((self.k_pages, k, self.k_scale[stream]), (self.v_pages, v, self.v_scale[stream])):
-            if self.storage is FP8:
-                x = (x.float() / scale[:, None]).clamp(-_FP8_MAX, _FP8_MAX).to(FP8)
-            _bits(pages)[page, :, row] = _bits(x)
+        self._rows.put(layer, stream, self._places(stream, spans), k, v)
 
-    def gather(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    def gather(self, stream: int, spans: Sequence[tuple[int, int, int]], layer: int = 0) -> tuple[Tensor, Tensor]:
         """K and V ``[rows,Hkv,D]`` in ``dtype``: of each ``(sequence, first, last)`` these rows of a stream (by number), which are kept."""
-        page, row = self._places(stream, spans)
-        k, v = (_bits(pages)[page, :, row].view(self.storage) for pages in (self.k_pages, self.v_pages))
-        if self.storage is FP8:
-            k, v = ((x.float() * s[stream][:, None]).to(self.dtype) for x, s in ((k, self.k_scale), (v, self.v_scale)))
-        return k, v
+        return self._rows.take(layer, stream, self._places(stream, spans))
 
     def _apply(self, change: Change) -> None:
-        if change.copies:
-            source, target = torch.tensor(change.copies, device=self.device).T
-            for pages in (self.k_pages, self.v_pages):
-                _bits(pages)[target] = _bits(pages)[source]
+        self._rows.copy(change.copies)
         if change.entries:
             stream, slot, index, page = torch.tensor(change.entries, device=self.device).T
             self.tables[stream, slot, index] = page.to(torch.int32)
@@ -385,17 +402,3 @@ class PagedKVCache:
 
     def _int32(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def _scale(self, name: str, scale: float | Tensor) -> Tensor:
-        shape = (len(self.streams), self.heads_kv)
-        if isinstance(scale, Tensor) and scale.shape not in (shape[1:], shape):
-            raise InputError(f"{name} must be a number, [{shape[1]}] or {list(shape)} ({', '.join(self.streams)}), got {list(scale.shape)}")
-        made = torch.as_tensor(scale, dtype=torch.float32).to(self.device).expand(shape).contiguous()
-        if self.device.type != "meta" and not bool((made > 0).all() & made.isfinite().all()):
-            raise InputError(f"{name} must be positive and finite, got {scale!r}")
-        return made
-
-
-def _bits(x: Tensor) -> Tensor:
-    """fp8 as bytes: torch does not index fp8 tensors."""
-    return x.view(torch.uint8) if x.dtype is FP8 else x

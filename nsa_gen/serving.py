@@ -36,6 +36,7 @@ def nsa_decode(
     slots: Tensor | None = None,
     max_seqlen: int | None = None,
     scale: float | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """Native Sparse Attention of each sequence's last tokens, which the cache holds already (paper eqs. 5-12): two kernels.
 
@@ -52,6 +53,7 @@ def nsa_decode(
         max_seqlen: no sequence is longer; sizes scratch memory and chooses the tuned row. Default: the longest of ``sequences``, to the
             next power of two; with ``slots`` the cache's.
         scale: factor on q·k, positive; default ``Dqk**-0.5``.
+        layer: of the cache.
 
     Calls on one cache share counters: they must follow each other, on one stream.
 
@@ -90,7 +92,7 @@ def nsa_decode(
     if g_cmp.dtype is not g_slc.dtype or g_cmp.dtype is not g_swa.dtype:
         g_cmp, g_slc, g_swa = g_cmp.float(), g_slc.float(), g_swa.float()
     o = _nsa_decode(
-        q, cache.k_pages, cache.v_pages, cache.tables, slots, cache.lengths, cache.arrived, list(cache.scales), g_cmp, g_slc, g_swa, g.key,
+        q, *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, list(cache.scales[layer]), g_cmp, g_slc, g_swa, g.key,
         cache.max_seqlen if max_seqlen is None else max_seqlen, scale_of(scale, g),
     )  # fmt: skip
     return o.squeeze(1) if single else o
@@ -106,6 +108,7 @@ def nsa_prefill(
     sequences: Sequence[int],
     tokens: Sequence[int] | None = None,
     scale: float | None = None,
+    layer: int = 0,
 ) -> Tensor:
     """Native Sparse Attention of many new tokens of each sequence, on top of what was cached before (paper eqs. 5-12): prompts, chunks of
     them, what follows a shared prefix. The cache holds the new tokens already.
@@ -121,6 +124,7 @@ def nsa_prefill(
         sequences: ids, each once.
         tokens: new tokens of each sequence, T in all; default as many of each.
         scale: factor on q·k, positive; default ``Dqk**-0.5``.
+        layer: of the cache.
 
     Returns:
         ``[T,Hq,Dv]`` in q's dtype. Not differentiable.
@@ -134,6 +138,7 @@ def nsa_prefill(
         raise InputError(f"q must be [T, Hq, Dqk], got {list(q.shape) if isinstance(q, Tensor) else type(q).__name__}")
     gates = {"g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
     _check(cache, q, gates, "[T, Hq]")
+    cache.layer(layer)
     total, factor = q.shape[0], scale_of(scale, cache.geometry)
     counts = cache.counts(sequences, total, tokens)
     for sequence, count in counts.items():
@@ -147,26 +152,26 @@ def nsa_prefill(
         rows = [slice(at[s], at[s] + counts[s]) for s in group]
         given = [x[rows[0]] if len(rows) == 1 else torch.cat([x[r] for r in rows]) for x in (q, *gates.values())]
         with torch.no_grad():
-            found = _prefill(cache, group, counts[group[0]], given, factor)
+            found = _prefill(cache, group, counts[group[0]], given, factor, layer)
         for part, r in zip(found.split([counts[s] for s in group]), rows, strict=True):
             o[r] = part
     return o
 
 
-def _prefill(cache: PagedKVCache, sequences: list[int], new: int, given: list[Tensor], scale: float) -> Tensor:
+def _prefill(cache: PagedKVCache, sequences: list[int], new: int, given: list[Tensor], scale: float, layer: int) -> Tensor:
     """The new tokens of one sequence, ``new`` of them, or all tokens of several."""
     g, lengths = cache.geometry, [cache.length(s) for s in sequences]
     total, longest = sum(lengths), max(lengths)
     pairs = []  # K and V of the stream of all tokens; or per branch of the selected branch, then of the sliding one
     for number in (1, 2) if cache.per_branch else (0,):
         low = max(lengths[0] - new - g.window + 1, 0) if number == 2 else 0  # rows that no window holds may be given up
-        pair = cache.gather(number, [(s, low, n) for s, n in zip(sequences, lengths, strict=True)])
+        pair = cache.gather(number, [(s, low, n) for s, n in zip(sequences, lengths, strict=True)], layer)
         pairs.append([torch.cat([x.new_zeros(low, *x.shape[1:]), x]) if low else x for x in pair])
     pairs = pairs[:1] + pairs if cache.per_branch else pairs  # compressed tokens are there: what they came from is not read
     k, v = (list(several) for several in zip(*pairs, strict=True))
     last = len(cache.streams) - 1
     counted = [cache.rows(s, last) for s in sequences]
-    found = cache.gather(last, [(s, 0, n) for s, n in zip(sequences, counted, strict=True)])
+    found = cache.gather(last, [(s, 0, n) for s, n in zip(sequences, counted, strict=True)], layer)
     compressed = [x.new_zeros(max(total // g.stride, 1), *x.shape[1:]) for x in found]
     starts = list(accumulate(lengths, initial=0))
     for x, y in zip(compressed, found, strict=True):

@@ -37,9 +37,10 @@ def phi(pooling: str, dim: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]
 
 
 def cache(pooling="mean", kv="shared", pages=40, **options) -> nsa_gen.PagedKVCache:
-    chosen = {"page_size": 16, "max_sequences": 5, "max_seqlen": 200, "device": DEVICE, "rewind": 4} | options
     dtype = options.get("dtype", torch.float32)
-    return nsa_gen.PagedKVCache(spec(pooling, kv), pages, phi_k=phi(pooling, 16, dtype), phi_v=phi(pooling, 32, dtype), **chosen)
+    weights = {"phi_k": phi(pooling, 16, dtype), "phi_v": phi(pooling, 32, dtype)}
+    chosen = {"page_size": 16, "max_sequences": 5, "max_seqlen": 200, "device": DEVICE, "rewind": 4} | weights | options
+    return nsa_gen.PagedKVCache(spec(pooling, kv), pages, **chosen)
 
 
 def tokens(n: int, kv="shared", seed=0, dtype=torch.float32):
@@ -52,7 +53,7 @@ def tokens(n: int, kv="shared", seed=0, dtype=torch.float32):
 def compressed(made: nsa_gen.PagedKVCache, k, v):
     """Compressed tokens of a whole sequence, by the operator that trains."""
     g, found = made.geometry, []
-    for x, weights, which in ((k, made.phi[0], "k"), (v, made.phi[1], "v")):
+    for x, weights, which in ((k, made.phi[0][0], "k"), (v, made.phi[0][1], "v")):
         rows = max(0, (len(x) - g.block) // g.stride + 1)
         found.append(nsa_gen.compress(x, weights, spec=made.spec, which=which)[:rows])
     return found
@@ -210,7 +211,7 @@ def test_tokens_one_by_one_are_tokens_at_once(pooling, kv):
         made.append([parts], *((tuple(y[a:b] for y in x) if kv == "per_branch" else x[a:b]) for x in (k, v)))
     first = (k[0], v[0]) if kv == "per_branch" else (k, v)
     g = made.geometry
-    for found, again, x, weights in zip(made.read(whole, "compressed"), made.read(parts, "compressed"), first, made.phi, strict=True):
+    for found, again, x, weights in zip(made.read(whole, "compressed"), made.read(parts, "compressed"), first, made.phi[0], strict=True):
         wanted = reference.compress(x, pooling, weights, g.block, g.stride, (0, n), torch.float64)
         torch.testing.assert_close(found.double(), wanted[: len(found)], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found, again, rtol=1e-6, atol=1e-6)
@@ -256,10 +257,54 @@ def test_room_first_then_rows_is_append(kv):
                 assert all(torch.equal(x, y) for x, y in zip(made.read(s, name), made.read(t, name), strict=True))
     k, v = tokens(2, kv)
     for call, why in (
-        (lambda: made.reserve([one], 9), "tokens must be 1 to 8, got 9"),
+        (lambda: made.reserve([one], [2, 3]), "tokens must be 1 numbers from 0"),
+        (lambda: made.fill([made.create()], k, v), r"2 tokens for sequence \d+, which has 0: reserve comes first"),
         (lambda: made.write(k, v, made.slots([one]).long()), r"slots must be int32 \[S\]"),
         (lambda: made.write(k, v, made.slots([a, b, one])), "2 tokens for 3 sequences"),
         (lambda: made.reserve([one], 8) or made.reserve([one], 8) or made.reserve([one], 8) or made.reserve([one], 8), "allowed are 60"),
+    ):
+        with pytest.raises(InputError, match=why):
+            call()
+
+
+@pytest.mark.parametrize("kv", ["shared", "per_branch"])
+def test_layers_are_caches_that_share_their_tables(kv):
+    """Each like a cache of one layer, with weights of its own; pages are taken once for all, and copied in all."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [[torch.rand(2, 8, generator=generator).to(DEVICE)] for _ in range(3)]
+    made = cache("weighted", kv, layers=3, phi_k=weights, phi_v=weights[::-1], rewind=60)
+    alone = [cache("weighted", kv, phi_k=x, phi_v=y, rewind=60) for x, y in zip(weights, weights[::-1], strict=True)]
+    ids = [[one.create() for one in (made, *alone)] for _ in range(2)]
+
+    def bring(which, counts, seed):
+        of_made = [ids[i][0] for i in which]
+        made.reserve(of_made, counts)
+        for layer, one in enumerate(alone):
+            k, v = tokens(sum(counts), kv, 10 * seed + layer)
+            one.append([ids[i][layer + 1] for i in which], k, v, counts)
+            if seed % 2:
+                made.write(k, v, made.slots(of_made), layer)
+            else:
+                made.fill(of_made, k, v, counts, layer)
+
+    bring((0, 1), (50, 0), 0)
+    ids.append([one.fork(i, 41) for one, i in zip((made, *alone), ids[0], strict=True)])
+    bring((2, 1), (13, 21), 2)
+    bring((1, 2), (3, 3), 3)
+    bring((0,), (1,), 5)
+    assert made.pages_free == alone[0].pages_free
+    for layer, one in enumerate(alone):
+        for several in ids:
+            for name in made.streams:
+                if kv == "shared" or name in ("selected", "compressed"):
+                    pairs = zip(made.read(several[0], name, layer), one.read(several[layer + 1], name), strict=True)
+                    assert all(torch.equal(x, y) for x, y in pairs), (layer, name)
+    k, v = tokens(1, kv)
+    for call, why in (
+        (lambda: made.append([ids[0][0]], k, v), "append is for caches of one layer, this one has 3"),
+        (lambda: made.fill([ids[0][0]], k, v, layer=3), "layer must be 0 to 2, got 3"),
+        (lambda: made.read(ids[0][0], "compressed", -1), "layer must be 0 to 2, got -1"),
+        (lambda: cache("weighted", layers=2, phi_k=weights, phi_v=weights), "phi_k must have weights for each of 2 layers, got 3"),
     ):
         with pytest.raises(InputError, match=why):
             call()
@@ -351,7 +396,7 @@ def test_pages_are_not_leaked():
         ({"max_sequences": 0}, "max_sequences must be a whole number from 1"),
         ({"storage": torch.float16}, "storage: got torch.float16, allowed: torch.float32, torch.float8_e4m3fn"),
         ({"dtype": torch.float64}, "dtype: got torch.float64"),
-        ({"k_scale": torch.ones(3)}, "k_scale must be a number, .2. or .2, 2. .tokens, compressed., got .3."),
+        ({"k_scale": torch.ones(3)}, "k_scale must be a number, .2., .2, 2. .tokens, compressed. or .1, 2, 2., got .3."),
         ({"v_scale": 0.0}, "v_scale must be positive and finite, got 0.0"),
     ],
 )

@@ -20,7 +20,7 @@ FLOORS = (
     ("loader", "precompile"),
     ("kernels",),
     ("branches", "replay"),
-    ("register", "operators", "ops", "cache", "serving", "rope", "module", "huggingface", "verify"),
+    ("register", "operators", "ops", "rows", "cache", "serving", "rope", "module", "huggingface", "verify"),
     ("console", "generate", "bench_training", "bench_decode", "bench", "tables", "tune", "report", "doctor", "demo"),
     ("cli",),
     ("__main__", "__init__"),

@@ -168,6 +168,26 @@ def test_fp8_is_attention_to_what_is_stored():
 
 
 @runs
+def test_layers_of_one_cache():
+    streams = [Stream(n) for n in (60, 61)]  # other numbers in each
+    cache = streams[0].cache(layers=2, k_scale=torch.ones(2, 2, 2, device=DEVICE))
+    s = cache.create()
+    cache.reserve([s], 59)
+    for layer, stream in enumerate(streams):
+        cache.fill([s], *stream.part(0, 59), layer=layer)
+    cache.reserve([s])
+    for layer, stream in enumerate(streams):
+        cache.write(*stream.part(59, 60), cache.slots([s]), layer)
+        given = stream.q[59:60], *(g[59:60] for g in stream.gates)
+        o = stream.trained()[0][59:60]
+        torch.testing.assert_close(nsa_gen.nsa_decode(*given, cache=cache, sequences=[s], layer=layer), o, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(nsa_gen.nsa_prefill(*given, cache=cache, sequences=[s], layer=layer), o, rtol=1e-4, atol=1e-5)
+    for call in (nsa_gen.nsa_decode, nsa_gen.nsa_prefill):
+        with pytest.raises(InputError, match="layer must be 0 to 1, got 2"):
+            call(*given, cache=cache, sequences=[s], layer=2)
+
+
+@runs
 def test_strided_queries_and_slots():
     stream = Stream(90)
     cache = stream.cache()
