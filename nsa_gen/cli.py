@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console, paths
+from .cli_tables import Json, Kernels, table_app
 from .errors import ConfigError, InputError, NSAError, SpecError, TableError, TargetError
 
 if TYPE_CHECKING:
@@ -30,14 +31,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 spec_app = typer.Typer(no_args_is_help=True, help="The geometries kernels are made for.")
-table_app = typer.Typer(no_args_is_help=True, help="Tables of tuned configs.")
 app.add_typer(spec_app, name="spec")
 app.add_typer(table_app, name="table")
 
 SpecArg = Annotated[str, typer.Argument(metavar="SPEC", help="A name (see: nsa-gen spec list) or a YAML file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Target = Annotated[str | None, typer.Option("--target", "-t", help="Device slug (nvidia-h200) or arch (sm_80 … sm_120, gfx942).")]
-Kernels = Annotated[list[str] | None, typer.Option("--kernels", "-k", help="Only these kernels (again for more, or comma-separated).")]
 KVDtype = Annotated[
     str | None, typer.Option("--kv-dtype", help="With --decode: what the cache stores, the spec's dtype (default) or float8_e4m3fn.")
 ]
@@ -302,7 +300,7 @@ def bench(
     """Time SPEC, whole and by part, against full attention, in one interleaved run on this GPU: its forward, a training step, or a step of
     decoding."""
     from . import bench as benchmark
-    from . import config
+    from . import bench_report, config
     from . import spec as specs
 
     chosen, shapes = specs.load(spec), console.shapes(seqlen) or None
@@ -321,82 +319,14 @@ def bench(
     if str(json_file) == "-":
         console.emit(result)
     else:
-        console.print_table(*benchmark.rows(result), title=benchmark.title(result))
+        console.print_table(*bench_report.rows(result), title=bench_report.title(result))
         if json_file:
             paths.write_atomic(json_file, json.dumps(result, indent=1, sort_keys=True) + "\n")
     if plot:
-        benchmark.plot(result, plot)
+        bench_report.plot(result, plot)
 
 
-# --- tables --------------------------------------------------------------------------------------------------------------------
-
-
-@table_app.command("show")
-def table_show(
-    where: Annotated[str | None, typer.Argument(metavar="[DEVICE|FILE|FOLDER]", help="Default: every shipped table.")] = None,
-    kernels: Kernels = None,
-    as_json: Json = False,
-) -> None:
-    """Rows of tuned tables."""
-    from . import tables
-
-    found = tables.select(tables.load(where), console.kernel_names(kernels))
-    if as_json:
-        return console.emit([{"device": t.device_slug, "kernel": t.kernel, "rows": [row.to_dict() for row in t.rows]} for t in found])
-    for table in found:
-        console.print_table(*tables.rows(table), title=f"{table.device_slug}/{table.kernel}")
-    if not found:
-        print(f"no tables in {where or tables.shipped()}")
-
-
-@table_app.command("diff")
-def table_diff(before: Path, after: Path, as_json: Json = False) -> None:
-    """What changed between two table files or folders; exit 1 if anything did."""
-    from . import tables
-
-    changes = tables.diff(before, after)
-    if as_json:
-        console.emit([{"table": name, "change": str(change)} for name, change in changes])
-    else:
-        for name, change in changes:
-            print(f"{name}: {change}")
-    if changes:
-        raise typer.Exit(1)
-
-
-@table_app.command("merge")
-def table_merge(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Table files or folders.")],
-    into: Annotated[Path | None, typer.Option("--into", help="Folder to merge into (default: the shipped tables).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Merge tables: the newer row wins each shape; nothing is lost unsaid."""
-    from . import tables
-
-    reports = tables.merge(sources, into)
-    if as_json:
-        return console.emit(
-            {name: {k: [str(r) for r in getattr(rep, k)] for k in ("added", "replaced", "trimmed", "kept")} for name, rep in reports}
-        )
-    for name, report in reports:
-        print(f"{name}:\n{report}")
-
-
-@table_app.command("lint")
-def table_lint(
-    where: Annotated[str | None, typer.Argument(metavar="[DEVICE|FILE|FOLDER]", help="Default: every shipped table.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check tables: schema, sha, overlaps, legal configs, stale digests, evidence; exit 1 if something is wrong."""
-    from . import tables
-
-    faults = tables.lint(where)
-    if as_json:
-        console.emit(faults)
-    else:
-        print("\n".join(faults) if faults else "ok")
-    if faults:
-        raise typer.Exit(1)
+# --- report, doctor, demo --------------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -419,9 +349,6 @@ def report(
         paths.write_atomic(output, text)
     else:
         print(text, end="")
-
-
-# --- doctor, demo --------------------------------------------------------------------------------------------------------------
 
 
 @app.command()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nsa_gen import bench, bench_decode, config, console, demo, doctor, paths, precompile, space, spec, tables, timing
+from nsa_gen import bench, bench_decode, bench_report, config, console, demo, doctor, paths, precompile, space, spec, tables, timing
 from nsa_gen.cli import main
 from nsa_gen.errors import InputError
 from nsa_gen.geometry import TuneShape
@@ -297,16 +297,16 @@ def test_bench_shows_and_draws_a_result(tmp_path):
         "spec": spec.load("tiny").to_dict(), "environment": there, "shapes": shapes,
         "ceilings": {"copy_tb_s": 4.27, "matmul_bf16_tflop_s": 686.0},
     }  # fmt: skip
-    columns, rows = bench.rows(result)
+    columns, rows = bench_report.rows(result)
     assert all(len(row) == len(columns) for row in rows)
     assert (8192, "full, flash", "1.500", "1.000 - 2.000", "300", "12", "2.00 [1.90, 2.10]") in rows
     assert (16384, "full, cuDNN", "not for this geometry", None, None, None, None) in rows
-    assert "4.27 TB/s" in bench.title(result)
+    assert "4.27 TB/s" in bench_report.title(result)
     pytest.importorskip("matplotlib")
-    bench.plot(result, tmp_path / "b.png")
+    bench_report.plot(result, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError):
-        bench.plot({**result, "shapes": []}, tmp_path / "none.png")
+        bench_report.plot({**result, "shapes": []}, tmp_path / "none.png")
 
 
 def test_bench_of_decoding_shows_and_draws_a_result(tmp_path):
@@ -324,12 +324,12 @@ def test_bench_of_decoding_shows_and_draws_a_result(tmp_path):
         "cached": {"storage": "float8_e4m3fn", "page_size": 64, "tokens": 1, "branches": 1},
         "ceilings": {"copy_tb_s": 4.27, "matmul_bf16_tflop_s": 686.0},
     }  # fmt: skip
-    columns, rows = bench.rows(result)
+    columns, rows = bench_report.rows(result)
     assert all(len(row) == len(columns) for row in rows)
     assert ("32x64k", "decode step", "0.1250", "0.1000 - 0.2000", None, "1", None) in rows
     assert any(row[:3] == ("1x64k", "bytes that must be read, at the copy bandwidth", "0.0625") for row in rows)
     pytest.importorskip("matplotlib")
-    bench.plot(result, tmp_path / "b.svg")
+    bench_report.plot(result, tmp_path / "b.svg")
     drawn = (tmp_path / "b.svg").read_text()
     assert "<svg" in drawn
 
@@ -358,7 +358,7 @@ def test_bench_of_decoding_puts_together_what_it_measures(monkeypatch):
     assert entries["decode step"]["median_ms"] == 0.25 and entries["decode step, eager"]["median_ms"] == 0.5
     assert entries["full, cuDNN"]["error"] == "no such backend"
     assert result["shapes"][0]["limit_ms"] == bench_decode.needed(chosen, config.cache_of(chosen, config.FP8), shapes[0]) / 4e9
-    assert len(bench.rows(result)[1]) == 2 * 6
+    assert len(bench_report.rows(result)[1]) == 2 * 6
     with pytest.raises(InputError, match="goes with --decode"):
         bench.run(chosen, shapes)
 

@@ -21,8 +21,8 @@ FLOORS = (
     ("kernels",),
     ("branches", "replay"),
     ("register", "operators", "ops", "rows", "cache", "serving", "rope", "module", "huggingface", "verify"),
-    ("console", "generate", "bench_training", "bench_decode", "bench", "tables", "tune", "report", "doctor", "demo"),
-    ("cli",),
+    ("console", "generate", "bench_training", "bench_decode", "bench", "bench_report", "tables", "tune", "report", "doctor", "demo"),
+    ("cli_tables", "cli"),
     ("__main__", "__init__"),
 )
 RANK = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
