@@ -8,6 +8,8 @@
   allocations, so that a byte past a tensor counts.
 * ``gradients``: of every shipped spec, through autograd, against the float64 reference: at most twice the error of bf16 PyTorch.
 * ``deterministic``: 20 backwards of one forward have the same bits with ``deterministic=True``.
+* ``serving``: 10 000 random steps of paged caches, and of attention from them, beside a plain model: K and V shared and per branch, in bf16
+  and fp8, a quarter each. No page is lost, nothing diverges, who finds no room changes nothing (``serving_walk.py``).
 * ``compile``, ``graph``: ``torch.compile(fullgraph=True)`` and CUDA-graph capture of the forward, and of a training step, equal eager.
 * ``long``: 512k tokens run, with the memory taken beyond inputs and output. ``training``: the same of a training step at 64k and 256k.
 
@@ -44,6 +46,8 @@ STRUCTURES: dict[str, list[dict[str, object]]] = {
         *({"dq": "query_outer", "operands": operands, "loads": "pointer", "dq_warps": 4, "dq_stages": 2} for operands in ("rows", "keys")),
     ],
 }
+#: K and V and storage of the walks of ``serving``; which it is is the seed.
+WALKS = ("shared bf16", "shared fp8", "per_branch bf16", "per_branch fp8")
 
 
 def racecheck(spec_name: str) -> str:
@@ -240,6 +244,23 @@ def deterministic(_: str) -> str:
     return "20 backwards at 8192 tokens bit-equal"
 
 
+def serving(which: str) -> str:
+    """One of ``WALKS``."""
+    from benchmarks.serving_walk import FP8, walk
+    from nsa_gen import kernels
+
+    kv, storage = which.split()
+    if storage == "fp8" and not kernels.default_device().fp8:
+        return "this GPU has no fp8"
+    made = walk(kv, {"bf16": "bfloat16", "fp8": FP8}[storage], 2500, WALKS.index(which), "cuda")
+    assert min(made["decodes"], made["prefills"], made["out_of_pages"]) >= 50, f"the walk has seen too little: {made}"
+    assert made["undecided"] <= 0.1 * made["queries"], f"too many queries whose blocks tie: {made}"
+    return (
+        "{steps} steps, lengths to {longest}: {decodes} decodes, {prefills} prefills right to {worst:.1e} ({undecided} of {queries} "
+        "queries tie), {out_of_pages} times out of pages, none lost"
+    ).format(**made)
+
+
 def training(_: str) -> str:
     import torch
 
@@ -278,9 +299,9 @@ def long(_: str) -> str:
 
 CHILDREN = {
     "memcheck": memcheck, "racecheck": racecheck, "compile": compile, "graph": graph, "gradients": gradients,
-    "deterministic": deterministic, "long": long, "training": training,
+    "deterministic": deterministic, "serving": serving, "long": long, "training": training,
 }  # fmt: skip
-_ALL = "verify,memcheck,racecheck,gradients,deterministic,compile,graph,long,training"
+_ALL = "verify,memcheck,racecheck,gradients,deterministic,serving,compile,graph,long,training"
 
 
 def _run(name: str, command: list[str], limit: int, **env: str) -> dict[str, object]:
@@ -327,6 +348,7 @@ def main() -> int:
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         checks += [(f"{tool} {name}", [*child, name], uncached) for name in ("gqa16-d128", "nsa-paper") if tool in only]
     checks += [(name, [*here, name, ""], {}) for name in ("compile", "graph", "deterministic") if name in only]
+    checks += [(f"serving {which}", [*here, "serving", which], {}) for which in WALKS if "serving" in only]
     if "verify" in only:
         checks += [(f"verify {name}", [sys.executable, "-m", "nsa_gen", "verify", name], {}) for name in specs]
     if "gradients" in only:
