@@ -13,6 +13,7 @@ from itertools import count
 from torch import Tensor
 
 from nsa_gen import Spec, reference
+from nsa_gen.config import MOST_TOKENS
 
 #: Rows a page, and tokens that can be taken back.
 PAGE, REWIND = 32, 12
@@ -42,7 +43,7 @@ class Model:
         self.branches = ("pooled", "selected", "sliding") if spec.kv == "per_branch" else ("tokens",)
         self.streams = (*self.branches, "compressed")
         #: Rows before the next one that are still read, in streams that give rows up.
-        self.keep = {"pooled": spec.compression.block - 1, "sliding": spec.window - 1}
+        self.keep = {"pooled": spec.compression.block - 1, "sliding": spec.window + MOST_TOKENS - 2}
         self.held: dict[int, Held] = {}
         self.names = count()
 

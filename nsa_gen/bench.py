@@ -277,7 +277,8 @@ def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int) -> dict[
         except RuntimeError as error:
             entries.append(_failed(name, error))
     result = _measured(bench_decode.WHOLE, found, entries, {}, {}, rounds)
-    if step is not None:  # launched one by one: cannot be timed in turn with graphs
+    ran = any(entry["name"] == bench_decode.WHOLE and "error" not in entry for entry in result["entries"])
+    if step is not None and ran:  # launched one by one: cannot be timed in turn with graphs
         timed = timing.measure(step, graph=False)
         result["entries"].append(
             {

@@ -130,10 +130,14 @@ def full_attention(spec: Spec, cached: Cached, shape: TuneShape, backend: str) -
 
 
 def needed(spec: Spec, cached: Cached, shape: TuneShape) -> int:
-    """Bytes of K and V that a step must read: all compressed tokens, and of each sequence's tokens its blocks and its window."""
+    """Bytes of K and V that a step must read: all compressed tokens; one new token's blocks (others may choose the same); the window of all
+    new tokens. With K and V shared between branches local blocks lie in the window and are read once."""
     size = {"float32": 4, "float8_e4m3fn": 1}.get(cached.storage, 2)
     each = spec.heads.kv * (spec.head_dim.qk + spec.head_dim.v) * size
-    rows = spec.compression, spec.selection
-    compressed = max(shape.seqlen - rows[0].block, -1) // rows[0].stride + 1
-    chosen = min(rows[1].count * rows[1].block, shape.seqlen)
-    return shape.batch * each * (compressed + cached.tokens * (chosen + min(spec.window, shape.seqlen)))
+    chosen, window = spec.selection, spec.window + cached.tokens - 1
+    rows = max(shape.seqlen - spec.compression.block, -1) // spec.compression.stride + 1
+    if spec.kv == "shared":
+        rows += min(max((chosen.count - chosen.local) * chosen.block + window, chosen.count * chosen.block), shape.seqlen)
+    else:  # of a token's own block only what is before it
+        rows += min((chosen.count - 1) * chosen.block + 1, shape.seqlen) + min(window, shape.seqlen)
+    return shape.batch * each * rows

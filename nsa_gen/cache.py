@@ -7,14 +7,15 @@ the host knows serve all of them. Every sequence has *streams* of rows, each wit
 * K and V per branch (paper section 3.3.3): ``pooled`` (what φ has yet to read), ``selected``, ``sliding`` and ``compressed``. Of ``pooled``
   and ``sliding`` only the rows that are still read are kept.
 
-Which page is whose is decided on the host (:mod:`nsa_gen.pages`), which knows all lengths and never waits for the device; tables and
-lengths are mirrored there for the kernels. Row ``r`` of stream ``s`` of a sequence in slot ``i`` is row ``r % page_size`` of page
+Which page is whose is decided on the host (:mod:`nsa_gen.pages`), which knows all lengths and never asks the device; tables and lengths are
+copied there for the kernels. Row ``r`` of stream ``s`` of a sequence in slot ``i`` is row ``r % page_size`` of page
 ``tables[s,i,r // page_size]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from . import ops
 from .branches import decode
-from .branches._inputs import DTYPES, SpecLike, geometry_of
+from .branches._inputs import DTYPES, SpecLike, geometry_of, on_device_of
 from .config import MOST_TOKENS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
@@ -113,7 +114,8 @@ class PagedKVCache:
             return tokens
 
         streams = {"tokens": Stream(all_of)} if not self.per_branch else {
-            "pooled": Stream(all_of, keep=g.block - 1), "selected": Stream(all_of), "sliding": Stream(all_of, keep=g.window - 1),
+            "pooled": Stream(all_of, keep=g.block - 1), "selected": Stream(all_of),
+            "sliding": Stream(all_of, keep=g.window + MOST_TOKENS - 2),  # the window of the first of as many as are decoded at a time
         }  # fmt: skip
         streams["compressed"] = Stream(compressed)
         self.streams = tuple(streams)
@@ -124,9 +126,11 @@ class PagedKVCache:
         )  # fmt: skip
         self.layers, self.max_seqlen = layers, max_seqlen
         self.k_pages, self.v_pages, self.phi, self.scales = self._rows.k_pages, self._rows.v_pages, self._rows.phi, self._rows.scales
+        self.device = self.k_pages.device  # with its index
         made = {"dtype": torch.int32, "device": self.device}
         self.tables = torch.zeros(len(streams), max_sequences, -(-max_seqlen // page_size), **made)
         self.lengths = torch.zeros(max_sequences, **made)
+        self._places_of: dict[Any, Places] = {}
         self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, **made)
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------
@@ -161,6 +165,7 @@ class PagedKVCache:
             UnknownSequence, InputError: as for :meth:`fork`.
         """
         self._pages.truncate(sequence, tokens)
+        self._places_of.clear()
         self._set_lengths([sequence])
 
     def free(self, *sequences: int) -> None:
@@ -169,7 +174,10 @@ class PagedKVCache:
         Raises:
             UnknownSequence: one is not in this cache, or given twice; none is freed then.
         """
+        slots = [self._pages.find(sequence).slot for sequence in sequences]
         self._pages.drop(sequences)
+        self._places_of.clear()
+        self.lengths[torch.tensor(slots, device=self.device)] = 0  # where a graph still has the slot, it writes nothing
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence. Raises ``UnknownSequence``."""
@@ -241,8 +249,10 @@ class PagedKVCache:
         given = self._given(k, v)
         more = self.counts(sequences, given[0][0].shape[0], tokens)
         for sequence, count in more.items():
-            if self.length(sequence) < count:
-                raise InputError(f"{count} tokens for sequence {sequence}, which has {self.length(sequence)}: reserve comes first")
+            if self._pages.find(sequence).fresh < count:
+                raise InputError(
+                    f"{count} tokens for sequence {sequence}: the last reserve made room for {self._pages.find(sequence).fresh}"
+                )
         self._fill(given, more, layer)
 
     def write(self, k: Branches, v: Branches, slots: Tensor, layer: int = 0) -> None:
@@ -258,11 +268,9 @@ class PagedKVCache:
             InputError: another shape, dtype, device, or number of tokens, or no such layer.
         """
         self.layer(layer)
-        given, count = self._given(k, v), slots.shape[0] if isinstance(slots, Tensor) and slots.dim() == 1 else 0
-        if not count or slots.dtype is not torch.int32 or slots.device.type != self.device.type:
-            raise InputError(f"slots must be int32 [S] on {self.device}, got {getattr(slots, 'dtype', type(slots).__name__)}")
+        given, count = self._given(k, v), self.check_slots(slots)
         total = given[0][0].shape[0]
-        if total % count or not 1 <= total // count <= MOST_TOKENS:
+        if not count or total % count or not 1 <= total // count <= MOST_TOKENS:
             raise InputError(f"{total} tokens for {count} sequences: allowed are 1 to {MOST_TOKENS} of each")
         self._fill_few(given, slots, layer)
 
@@ -293,6 +301,7 @@ class PagedKVCache:
     # --- parts -------------------------------------------------------------------------------------------------------------------
 
     def _extend(self, more: Mapping[int, int]) -> None:
+        self._places_of.clear()
         self._apply(self._pages.extend(more))
         self._set_lengths(list(more))
 
@@ -310,7 +319,7 @@ class PagedKVCache:
         k, v = (list(x) for x in zip(*given, strict=True))
         scales = [] if self.storage is self.dtype else [self._rows.k_scale[layer], self._rows.v_scale[layer]]
         phi_k, phi_v = map(list, self.phi[layer])
-        with torch.no_grad():
+        with torch.no_grad(), on_device_of(self.lengths) or nullcontext():
             decode.append(
                 k, v, *self.layer(layer), self.tables, scales, slots, self.lengths, phi_k, phi_v, self.geometry.key, self.max_seqlen
             )  # fmt: skip
@@ -328,7 +337,7 @@ class PagedKVCache:
                 if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[1:] != (self.heads_kv, dim):
                     shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
                     raise InputError(f"{name} must be [T, Hkv, D] = [T, {self.heads_kv}, {dim}], got {shape}")
-                if y.dtype != self.dtype or y.device.type != self.device.type:
+                if y.dtype != self.dtype or y.device != self.device:
                     raise InputError(f"{name} must be {self.dtype} on {self.device}, got {y.dtype} on {y.device}")
             found.append(several)
         total = found[0][0].shape[0]
@@ -344,9 +353,18 @@ class PagedKVCache:
             if total % max(len(sequences), 1) or (total and not sequences):
                 raise InputError(f"{total} tokens for {len(sequences)} sequences: say with tokens= how many each has")
             tokens = [total // len(sequences)] * len(sequences) if sequences else []
-        if len(tokens) != len(sequences) or sum(tokens) != total or min(tokens, default=0) < 0:
+        if len(tokens) != len(sequences) or sum(tokens) != total or any(not isinstance(n, int) or n < 0 for n in tokens):
             raise InputError(f"tokens must be {len(sequences)} numbers from 0 that add up to {total}, got {list(tokens)}")
-        return dict(zip(sequences, map(int, tokens), strict=True))
+        return dict(zip(sequences, tokens, strict=True))
+
+    def check_slots(self, slots: Any) -> int:
+        """How many there are. Raises ``InputError`` unless they are what :meth:`slots` gives."""
+        if isinstance(slots, Tensor) and slots.dtype is torch.int32 and slots.dim() == 1 and slots.device == self.device:
+            if slots.is_contiguous():
+                return slots.shape[0]
+            raise InputError(f"slots must be contiguous, got strides {slots.stride()}: a graph keeps the tensor that it was given")
+        given = f"{slots.dtype} {list(slots.shape)} on {slots.device}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise InputError(f"slots must be int32 [S] on {self.device}, got {given}")
 
     def _compress(self, more: Mapping[int, int], before: Mapping[int, int], layer: int) -> None:
         """Write the compressed tokens that ``more`` has completed. φ reads what is stored, so it matters not how tokens came in."""
@@ -368,17 +386,24 @@ class PagedKVCache:
         self._write(number, new, *(x[index] for x in made), layer)
 
     def _places(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> Places:
-        """Page and row in it of rows ``first`` to ``last`` of some sequences, one after the other."""
+        """Page and row in it of rows ``first`` to ``last`` of some sequences, one after the other; the same for every layer."""
+        known = self._places_of.get((stream, *spans))
+        if known is not None:
+            return known
         pages, offsets = [], []
         for sequence, first, last in spans:
             row = np.arange(first, last)
             index = row // self.page_size
             held = self._pages.find(sequence).pages[stream]
             low = first // self.page_size
-            pages.append(np.array(held[low : -(-last // self.page_size)] or [0], dtype=np.int64)[index - low])
+            of_rows = held[low : -(-last // self.page_size)] or [0]
+            if None in of_rows:
+                raise InputError(f"rows {first} to {last} of sequence {sequence}, stream {self.streams[stream]!r}: some were given up")
+            pages.append(np.array(of_rows, dtype=np.int64)[index - low])
             offsets.append(row % self.page_size)
         made = torch.from_numpy(np.stack([np.concatenate(pages), np.concatenate(offsets)])).to(self.device)
-        return made[0], made[1]
+        found = self._places_of[(stream, *spans)] = made[0], made[1]
+        return found
 
     def _write(self, stream: int, spans: Sequence[tuple[int, int, int]], k: Tensor, v: Tensor, layer: int) -> None:
         if not spans:

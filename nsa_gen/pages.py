@@ -34,10 +34,12 @@ class Stream:
 
 @dataclass
 class Held:
-    """What a sequence has: its tokens, its place in the tables, and by stream its pages (None where given up)."""
+    """What a sequence has: its place in the tables, its tokens, how many of them the last extension added and nothing took back since,
+    and by stream its pages (None where given up)."""
 
     slot: int
     tokens: int = 0
+    fresh: int = 0
     pages: list[list[int | None]] = field(default_factory=list)
 
 
@@ -106,7 +108,7 @@ class Pages:
         parent = self.find(sequence)
         tokens = parent.tokens if tokens is None else tokens
         self._check_prefix(parent, tokens)
-        child = Held(self._take_slot(), tokens)
+        child = Held(self._take_slot(), tokens, 0)
         entries = []
         for i, (stream, pages) in enumerate(zip(self.streams, parent.pages, strict=True)):
             shared = pages[: self._page_count(stream.rows(tokens))]
@@ -115,6 +117,7 @@ class Pages:
                 if page is not None:
                     self.holders[page] += 1
                     entries.append((i, child.slot, index, page))
+        parent.fresh = 0  # rows are shared from here on
         made = next(_ids)
         self.sequences[made] = child
         return made, Change(entries, [])
@@ -149,6 +152,7 @@ class Pages:
             kept = self._page_count(stream.rows(tokens))
             self._release(pages[kept:])
             del pages[kept:]
+        found.fresh = max(0, found.fresh - (found.tokens - tokens))
         found.tokens = tokens
 
     # --- rows --------------------------------------------------------------------------------------------------------------------
@@ -186,6 +190,7 @@ class Pages:
                     change.entries.append((i, found.slot, index, pages[index]))  # type: ignore[arg-type]
             self._give_up(found)
             found.tokens += more[sequence]
+            found.fresh = more[sequence]
         return change
 
     # --- parts -------------------------------------------------------------------------------------------------------------------

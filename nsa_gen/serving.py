@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .branches import decode, forward
-from .branches._inputs import check, query_heads, scale_of
+from .branches._inputs import check, on_device_of, query_heads, scale_of
 from .cache import MOST_TOKENS, PagedKVCache
 from .errors import InputError
 from .register import register
@@ -86,14 +87,21 @@ def nsa_decode(
         max_seqlen = min(longest, cache.max_seqlen) if max_seqlen is None else max_seqlen
         if max_seqlen < max(lengths, default=0):
             raise InputError(f"max_seqlen: got {max_seqlen}, a sequence has {max(lengths)} tokens")
+    elif max_seqlen is None:
+        max_seqlen = cache.max_seqlen
+    if not isinstance(max_seqlen, int) or not 0 <= max_seqlen <= cache.max_seqlen or (count and not max_seqlen):
+        raise InputError(f"max_seqlen must be a whole number from 1 to the cache's, {cache.max_seqlen}, got {max_seqlen!r}")
+    if (given := cache.check_slots(slots)) != count:
+        raise InputError(f"slots must be int32 [{count}], for each sequence of q, got [{given}]")
+    if count * tokens * cache.heads_kv > cache.arrived.numel():
+        most = cache.arrived.numel() // (tokens * cache.heads_kv)
+        raise InputError(f"q has {count} sequences of {tokens} tokens, the cache counts for {most}: give it more max_sequences")
     assert slots is not None
-    if slots.dtype is not torch.int32 or slots.shape != (count,) or slots.device.type != q.device.type:
-        raise InputError(f"slots must be int32 [{count}] on {q.device}, got {slots.dtype} {list(slots.shape)} on {slots.device}")
     if g_cmp.dtype is not g_slc.dtype or g_cmp.dtype is not g_swa.dtype:
         g_cmp, g_slc, g_swa = g_cmp.float(), g_slc.float(), g_swa.float()
     o = _nsa_decode(
         q, *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, list(cache.scales[layer]), g_cmp, g_slc, g_swa, g.key,
-        cache.max_seqlen if max_seqlen is None else max_seqlen, scale_of(scale, g),
+        max_seqlen, scale_of(scale, g),
     )  # fmt: skip
     return o.squeeze(1) if single else o
 
@@ -151,7 +159,7 @@ def nsa_prefill(
     for group in groups:
         rows = [slice(at[s], at[s] + counts[s]) for s in group]
         given = [x[rows[0]] if len(rows) == 1 else torch.cat([x[r] for r in rows]) for x in (q, *gates.values())]
-        with torch.no_grad():
+        with torch.no_grad(), on_device_of(q) or nullcontext():
             found = _prefill(cache, group, counts[group[0]], given, factor, layer)
         for part, r in zip(found.split([counts[s] for s in group]), rows, strict=True):
             o[r] = part
@@ -187,7 +195,7 @@ def _prefill(cache: PagedKVCache, sequences: list[int], new: int, given: list[Te
 
 def _check(cache: PagedKVCache, q: Tensor, gates: dict[str, Tensor], axes: str) -> None:
     g = cache.geometry
-    if q.dtype != cache.dtype or q.device.type != cache.device.type:
+    if q.dtype != cache.dtype or q.device != cache.device:
         raise InputError(f"q must be {cache.dtype} on {cache.device} like the cache, got {q.dtype} on {q.device}")
     if query_heads(q, g) != cache.heads_kv or q.shape[-1] != g.qk:
         raise InputError(f"q must be [..., Hq, Dqk] = [..., {cache.heads_kv * g.group}, {g.qk}], got {list(q.shape)}")

@@ -258,9 +258,10 @@ def test_room_first_then_rows_is_append(kv):
     k, v = tokens(2, kv)
     for call, why in (
         (lambda: made.reserve([one], [2, 3]), "tokens must be 1 numbers from 0"),
-        (lambda: made.fill([made.create()], k, v), r"2 tokens for sequence \d+, which has 0: reserve comes first"),
+        (lambda: made.fill([made.create()], k, v), r"2 tokens for sequence \d+: the last reserve made room for 0"),
         (lambda: made.write(k, v, made.slots([one]).long()), r"slots must be int32 \[S\]"),
         (lambda: made.write(k, v, made.slots([a, b, one])), "2 tokens for 3 sequences"),
+        (lambda: made.write(k, v, torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)[:, 0]), "slots must be contiguous"),
         (lambda: made.reserve([one], 8) or made.reserve([one], 8) or made.reserve([one], 8) or made.reserve([one], 8), "allowed are 60"),
     ):
         with pytest.raises(InputError, match=why):
@@ -371,10 +372,40 @@ def test_a_window_keeps_its_pages_few():
         made.append([s], *tokens(16, "per_branch", step))
     held = made._pages.find(s).pages
     count = {name: sum(page is not None for page in pages) for name, pages in zip(made.streams, held, strict=True)}
-    assert count == {"pooled": 2, "selected": 12, "sliding": 3, "compressed": 3}
+    assert count == {"pooled": 2, "selected": 12, "sliding": 4, "compressed": 3}
     with pytest.raises(InputError, match="given its first rows up"):
         made.read(s, "sliding")
     assert len(made.read(s, "selected")[0]) == 192
+
+
+def test_a_freed_slot_writes_nothing():
+    """As a CUDA graph may still have it."""
+    made = cache()
+    gone, s = made.create(), made.create()
+    made.append([gone], *tokens(32))
+    slots = made.slots([gone])
+    made.free(gone)
+    made.append([s], *tokens(40, seed=1))
+    before = made.k_pages.clone()
+    made.write(*tokens(1, seed=2), slots)
+    assert torch.equal(made.k_pages, before)
+
+
+def test_only_fresh_rows_are_filled():
+    made = cache()
+    s = made.create()
+    made.append([s], *tokens(32))
+    fork = made.fork(s)
+    made.reserve([s])
+    with pytest.raises(InputError, match="the last reserve made room for 1"):
+        made.fill([s], *tokens(4))
+    made.reserve([s], 6)
+    made.truncate(s, 37)
+    with pytest.raises(InputError, match="the last reserve made room for 4"):
+        made.fill([s], *tokens(5))
+    kept = made.read(fork)
+    made.fill([s], *tokens(4, seed=3))
+    assert all(torch.equal(x, y) for x, y in zip(kept, made.read(fork), strict=True)) and made.length(fork) == 32
 
 
 def test_pages_are_not_leaked():

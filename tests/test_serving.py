@@ -225,10 +225,13 @@ def test_what_is_not_decoded():
         ((q, *gates), {}, "give sequences or slots, one of them"),
         ((q, *gates), {"sequences": [s], "slots": cache.slots([s])}, "give sequences or slots, one of them"),
         ((q, *gates), {"sequences": [s, s]}, r"slots must be int32 \[1\]"),
-        ((q, *gates), {"slots": cache.slots([s]).long()}, r"slots must be int32 \[1\] on .*, got torch.int64"),
+        ((q, *gates), {"slots": cache.slots([s]).long()}, r"slots must be int32 \[S\] on .*, got torch.int64"),
         ((q, *gates), {"sequences": [other]}, f"q has 1 new tokens a sequence, sequence {other} has 0"),
         ((q, *gates), {"sequences": [s], "max_seqlen": 2}, "max_seqlen: got 2, a sequence has 3 tokens"),
         ((q, *gates), {"sequences": [s], "scale": -1.0}, "scale must be a positive finite number"),
+        ((q, *gates), {"slots": [0]}, r"slots must be int32 \[S\] on .*, got list"),
+        ((q, *gates), {"slots": cache.slots([s]), "max_seqlen": 0}, "max_seqlen must be a whole number from 1 to the cache's, 640, got 0"),
+        ((q, *gates), {"slots": cache.slots([s]), "max_seqlen": 3.5}, "max_seqlen must be a whole number"),
         ((several[0], *several[1]), {"sequences": [s]}, "q has 9 new tokens a sequence, allowed are 1 to 8"),
     ):
         with pytest.raises(InputError, match=why):
@@ -247,6 +250,7 @@ def test_one_graph_serves_every_length():
     q = stream.q[:2].clone()
     gates, slots = [g[:2].clone() for g in stream.gates], cache.slots([s, t])
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
     torch.cuda.synchronize()

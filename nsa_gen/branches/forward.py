@@ -43,7 +43,7 @@ def inference(
     columns, bound = selection.score_columns(max_seqlen, g), paths.workspace_bytes()
     query_bytes = heads_q * 4 + heads * g.count * 4
     query_bytes += 0 if is_ready(q) else heads_q * q.shape[2] * q.element_size()
-    scratch = selected.workspace(heads, q.element_size(), total, batch, True)
+    scratch = selected.workspace(heads, q.element_size(), k_slc.shape[0], batch, True)
     chunk, scored = chunk_sizes(total, query_bytes, heads * columns * 4, bound, scratch)
     rows, scored = min(chunk, total), min(scored, total)
     left = bound - rows * query_bytes - scored * heads * columns * 4

@@ -15,8 +15,6 @@ from ..values import Values
 from .case import Call, Case, positions
 from .forward import phi_flops, phi_weights
 
-#: What fp8 numbers of these cases are multiplied by.
-_SCALE = 1 / 64
 #: First and end row, in a stream, of some sequences (by number).
 _Spans = dict[int, tuple[int, int]]
 
@@ -34,16 +32,22 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
-def _stored(case: Case, x: Tensor) -> Tensor:
-    """As the cache stores it."""
+def _factors(case: Case, *streams: int) -> Tensor:
+    """What fp8 numbers of these streams are multiplied by, ``[streams,Hkv]``: another power of two for each and for neighbouring heads."""
+    exponent = (torch.arange(case.heads_kv) + torch.tensor(streams)[:, None]) % 4 - 8
+    return torch.exp2(exponent.float()).to(case.device)
+
+
+def _stored(case: Case, x: Tensor, stream: int) -> Tensor:
+    """As the cache stores it, ``[rows,Hkv,D]``."""
     if not _fp8(case):
         return x
-    return x.to(torch.float32, copy=True).div_(_SCALE).clamp_(-448, 448).to(_storage(case))
+    return x.to(torch.float32, copy=True).div_(_factors(case, stream)[0, :, None]).clamp_(-448, 448).to(_storage(case))
 
 
-def _read(case: Case, x: Tensor) -> Tensor:
+def _read(case: Case, x: Tensor, stream: int) -> Tensor:
     """As it counts."""
-    return x.float() * _SCALE if _fp8(case) else x
+    return x.float() * _factors(case, stream)[0, :, None] if _fp8(case) else x
 
 
 def _spread(spans: _Spans, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,11 +85,11 @@ def _places(case: Case, table: Tensor, rows: _Spans) -> tuple[Tensor, Tensor]:
     return table[case.tensors["slots"].long()[number], row // size].long(), row % size
 
 
-def _write(case: Case, pages: Sequence[Tensor], table: Tensor, rows: _Spans, kv: Sequence[Tensor]) -> None:
+def _write(case: Case, pages: Sequence[Tensor], table: Tensor, rows: _Spans, kv: Sequence[Tensor], stream: int) -> None:
     """Store rows of K and V, ``[rows,Hkv,D]``."""
     page, row = _places(case, table, rows)
     for x, given in zip(pages, kv, strict=True):
-        _bits(x)[page, :, row] = _bits(_stored(case, given))
+        _bits(x)[page, :, row] = _bits(_stored(case, given, stream))
 
 
 def _rows(case: Case, pages: Sequence[Tensor], table: Tensor, rows: _Spans) -> list[Tensor]:
@@ -106,8 +110,8 @@ def _begin(case: Case, values: Values) -> None:
         lengths[slots] = torch.tensor(case.seqlens, dtype=torch.int32, device=case.device)
 
 
-def _scales(case: Case, *shape: int) -> Tensor | None:
-    return torch.full(shape, _SCALE, dtype=torch.float32, device=case.device) if _fp8(case) else None
+def _scales(case: Case, *streams: int) -> Tensor | None:
+    return _factors(case, *streams) if _fp8(case) else None
 
 
 class _Decode(Call):
@@ -155,11 +159,11 @@ class _DecodeDense(_Decode):
         counts = [sum(end - first for first, end in rows.values()) for rows in streams]
         k = self.queries(case, values, sum(counts))
         pages, tables = _paged(case, values, streams)
-        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "k_scale": _scales(case, 2, case.heads_kv), "tables": tuple(tables)}
+        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "k_scale": _scales(case, 0, 1), "tables": tuple(tables)}
         if values.real:
             v = values.normal(sum(counts), case.heads_kv, p.head_dim_v)
-            for table, rows, kv in zip(tables, streams, zip(k.split(counts), v.split(counts), strict=True), strict=True):
-                _write(case, pages, table, rows, kv)
+            for i, kv in enumerate(zip(k.split(counts), v.split(counts), strict=True)):
+                _write(case, pages, tables[i], streams[i], kv, i)
         case.outputs["block_indices"] = values.empty(len(case.seqlens), p.tokens, case.heads_kv, p.count, dtype=torch.int32)
 
     def first(self, p: Problem, length: int) -> int:
@@ -181,7 +185,7 @@ class _DecodeDense(_Decode):
             first = self.first(p, length)
             spans = {number: (0, reference.compressed_count(length, p.block, p.stride))}, {number: (first, length)}
             streams = [_rows(case, (t["k_pages"], t["v_pages"]), table, rows) for table, rows in zip(t["tables"], spans, strict=True)]
-            (k, v), (k_swa, v_swa) = ((_read(case, k), v.float() if _fp8(case) else v) for k, v in streams)
+            (k, v), (k_swa, v_swa) = ((_read(case, k, i), v.float() if _fp8(case) else v) for i, (k, v) in enumerate(streams))
             for token in range(p.tokens):
                 q, how = self.alone(case, number, token, dtype)
                 o, lse = reference.compressed_attention(q, k, v, p.block, p.stride, **how)
@@ -245,19 +249,22 @@ class _DecodeSelected(_Decode):
         k = self.queries(case, values, case.total)
         pages, (table,) = _paged(case, values, [rows])
         case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "table": table}
-        case.tensors |= {"k_scale": _scales(case, case.heads_kv), "v_scale": _scales(case, 3, case.heads_kv)}
+        k_scale = _scales(case, 1)
+        case.tensors |= {"k_scale": None if k_scale is None else k_scale[0], "v_scale": _scales(case, 0, 1, 2)}
         if values.real:
-            _write(case, pages, table, rows, (k, values.normal(case.total, case.heads_kv, p.head_dim_v)))
-        # About as many partial results of the other branches as their kernel would give.
-        splits, m = 3 if case.max_seqlen < 4096 else 16, max(16, 1 << (p.group * p.tokens - 1).bit_length())
-        splits = max(2, min(splits, 256 // max(count * case.heads_kv, 1)))
-        part = values.uniform(count, case.heads_kv, splits + 1, m, p.head_dim_v)
-        stat = values.uniform(count, case.heads_kv, splits + 1, 2, m)
+            _write(case, pages, table, rows, (k, values.normal(case.total, case.heads_kv, p.head_dim_v)), 1)
+        # Partial results of the other branches: more than are loaded at a time, or of long sequences about as many as there would be.
+        few = max(2, min(16, 256 // max(count * case.heads_kv, 1)))
+        splits, window = (20, 3) if case.max_seqlen < 4096 else (few, max(1, few // 8))
+        m = max(16, 1 << (p.group * p.tokens - 1).bit_length())
+        part = values.uniform(count, case.heads_kv, splits + window, m, p.head_dim_v)
+        stat = values.uniform(count, case.heads_kv, splits + window, 2, m)
         indices = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
         if values.real:
             stat[..., 0, :].mul_(8)
-            stat[:, :, splits - 1, 0], stat[:, :, splits - 1, 1] = -torch.inf, 0.0  # a split without tokens
-            part[:, :, splits - 1] = 0.0
+            for empty in (splits - 1, splits + window - 2)[: min(window, 2)]:  # parts without tokens
+                stat[:, :, empty, 0], stat[:, :, empty, 1] = -torch.inf, 0.0
+                part[:, :, empty] = 0.0
             scores = values.scores(count * p.tokens, case.heads_kv, -(-case.max_seqlen // p.selection_block))
             chosen = reference.select_at(scores, self.positions(case), p.selection_block, p.count, 1, min(1, p.count - 1))
             indices.copy_(chosen.view_as(indices))
@@ -275,14 +282,16 @@ class _DecodeSelected(_Decode):
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         p, t, found = case.problem, case.tensors, []
         for number, length in enumerate(case.seqlens):
-            k, v = (_read(case, x) for x in _rows(case, (t["k_pages"], t["v_pages"]), t["table"], {number: (0, length)}))
+            k, v = (_read(case, x, 1) for x in _rows(case, (t["k_pages"], t["v_pages"]), t["table"], {number: (0, length)}))
             for token in range(p.tokens):
                 q, how = self.alone(case, number, token, dtype)
                 blocks = t["block_indices"][number, token].expand(len(q), -1, -1)
                 found.append(reference.selected_attention(q, k, v, blocks, p.selection_block, **how)[0])
         o_slc = torch.cat(found).view(*t["q"].shape[:3], -1)
-        factor = _SCALE if _fp8(case) else 1.0
-        dense = (x.view_as(o_slc) * factor for x in _together(case, t["part"].double(), t["stat"].double(), t["splits"]))
+        dense = [x.view_as(o_slc) for x in _together(case, t["part"].double(), t["stat"].double(), t["splits"])]
+        if _fp8(case):
+            by_head = _factors(case, 0, 2).repeat_interleave(p.group, 1)[:, :, None]
+            dense = [x * factor for x, factor in zip(dense, by_head, strict=True)]
         o_cmp, o_swa = (x.to(dtype) for x in dense)
         return {"o": reference.combine(o_cmp, o_slc, o_swa, *t["gates"], dtype)}
 
@@ -311,11 +320,11 @@ class _CacheAppend(Call):
         dims = ((p.head_dim_qk, p.hidden), (p.head_dim_v, p.hidden_v))
         total, old = len(case.seqlens) * p.tokens, sum(end - first for first, end in olds.values())
         if values.real:
-            _write(case, pages, tables[0], olds, [values.normal(old, case.heads_kv, dim) for dim, _ in dims])
+            _write(case, pages, tables[0], olds, [values.normal(old, case.heads_kv, dim) for dim, _ in dims], 0)
         case.tensors |= {"before": tuple(pages), "tables": torch.stack(tables)}
         for name, (dim, hidden) in zip("kv", dims, strict=True):
             case.tensors[name] = [values.normal(total, case.heads_kv, dim) for _ in range(p.branches)]
-            case.tensors[f"{name}_scale"] = _scales(case, streams, case.heads_kv)
+            case.tensors[f"{name}_scale"] = _scales(case, *range(streams))
             case.tensors[f"phi_{name}"] = list(phi_weights(case, values, dim, hidden))
         case.outputs |= {"k_pages": torch.empty_like(pages[0]), "v_pages": torch.empty_like(pages[1])}
 
@@ -346,16 +355,19 @@ class _CacheAppend(Call):
         """``k0 v0 …``, each branch's new rows, and ``k v``, the compressed ones; unless in float64, as they count once they are stored."""
         p, t = case.problem, case.tensors
         filled = [x.clone() for x in t["before"]]
-        _write(case, filled, t["tables"][0], self.new(case), (t["k"][0], t["v"][0]))
+        _write(case, filled, t["tables"][0], self.new(case), (t["k"][0], t["v"][0]), 0)
         made: list[list[Tensor]] = [[], []]
         for number, (first, end) in self.completed(case).items():
             reach = {number: (first * p.stride, (end - 1) * p.stride + p.block if end > first else 0)}
             for found, x, name in zip(made, _rows(case, filled, t["tables"][0], reach), "kv", strict=True):
-                x, weights = _read(case, x).to(case.dtype), tuple(t[f"phi_{name}"])
+                x, weights = _read(case, x, 0).to(case.dtype), tuple(t[f"phi_{name}"])
                 found.append(reference.compress(x, p.pooling, weights, p.block, p.stride, None, dtype)[: end - first])
         wanted = {f"{name}{i}": x for i in range(p.branches) for name, x in (("k", t["k"][i]), ("v", t["v"][i]))}
         wanted |= {"k": torch.cat(made[0]), "v": torch.cat(made[1])}
-        return {name: x.double() if dtype is torch.float64 else _read(case, _stored(case, x)) for name, x in wanted.items()}
+        if dtype is torch.float64:
+            return {name: x.double() for name, x in wanted.items()}
+        stream = {name: p.branches if name in "kv" else int(name[1:]) for name in wanted}
+        return {name: _read(case, _stored(case, x, stream[name]), stream[name]) for name, x in wanted.items()}
 
     def check(self, case: Case, queries: Tensor | None) -> Check:
         t, pages, outputs = case.tensors, list(case.outputs.values()), {}
@@ -363,7 +375,7 @@ class _CacheAppend(Call):
         others = [x.clone() for x in pages]
         for i, (table, written) in enumerate(zip(t["tables"], rows, strict=True)):
             names = (f"k{i}", f"v{i}") if i < case.problem.branches else ("k", "v")
-            outputs |= {name: _read(case, x) for name, x in zip(names, _rows(case, pages, table, written), strict=True)}
+            outputs |= {name: _read(case, x, i) for name, x in zip(names, _rows(case, pages, table, written), strict=True)}
             page, row = _places(case, table, written)
             for x, before in zip(others, t["before"], strict=True):
                 _bits(x)[page, :, row] = _bits(before)[page, :, row]
