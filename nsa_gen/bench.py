@@ -72,9 +72,8 @@ def run(
         result["cached"] = cached._asdict()
     for done, shape in enumerate(shapes, 1):
         report(f"{spec.name}, {shape.batch} x {shape.seqlen} tokens", done, steps)
-        found = _decoded(spec, cached, shape, rounds) if cached else _shape(spec, shape.seqlen, rounds, training)
-        if cached:
-            found["limit_ms"] = bench_decode.needed(spec, cached, shape) / result["ceilings"]["copy_tb_s"] / 1e9
+        copy_tb_s = result["ceilings"]["copy_tb_s"]
+        found = _decoded(spec, cached, shape, rounds, copy_tb_s) if cached else _shape(spec, shape.seqlen, rounds, training)
         result["shapes"].append({"batch": shape.batch, **found})
     report("done", steps, steps)
     return result
@@ -259,7 +258,7 @@ def _shape(spec: Spec, seqlen: int, rounds: int, training: bool) -> dict[str, An
     return {"seqlen": seqlen, **_measured(whole, found, entries, notes, work, rounds)}
 
 
-def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int) -> dict[str, Any]:
+def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int, copy_tb_s: float) -> dict[str, Any]:
     import torch
 
     from . import timing
@@ -290,7 +289,8 @@ def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int) -> dict[
                 "p80_ms": timed.p80,
             }
         )
-    return {"seqlen": shape.seqlen, **result}
+    limit_ms = bench_decode.needed(spec, cached, shape) / copy_tb_s / 1e9
+    return {"seqlen": shape.seqlen, "limit_ms": limit_ms, **result}
 
 
 def _failed(name: str, error: Exception) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class PagedKVCache:
 
     Args:
         spec: a name in ``specs/``, a path, or a ``Spec``: heads, head dims, blocks, and whether K and V are per branch.
-        pages: how many there are. A sequence of n tokens takes ``ceil(n / page_size)`` and, for n/stride compressed tokens, as many less.
+        pages: how many there are. One holds rows of tokens, or of compressed tokens, of which a sequence has 1/stride as many.
         page_size: rows a page: a multiple of the spec's selection block, so that a block never lies in two.
         layers: of a model, which share tables.
         max_sequences: that exist at a time.

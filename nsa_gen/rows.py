@@ -53,10 +53,10 @@ class Rows:
         self.phi: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = list(
             zip(self._phi("phi_k", phi_k, heads, g, g.qk), self._phi("phi_v", phi_v, heads, g, g.v), strict=True)
         )
-        selected, sliding, pooled = decode.STREAMS[len(streams)]
+        selected, sliding, compressed = decode.STREAMS[len(streams)]
         #: What decoding multiplies by, by layer: compressed and sliding K, selected K, all of V; nothing where nothing is scaled.
         self.scales: list[tuple[Tensor, ...]] = [() if storage is dtype else (
-            self.k_scale[layer, [pooled, sliding]], self.k_scale[layer, selected], self.v_scale[layer, [pooled, selected, sliding]],
+            self.k_scale[layer, [compressed, sliding]], self.k_scale[layer, selected], self.v_scale[layer, [compressed, selected, sliding]],
         ) for layer in range(layers)]  # fmt: skip
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ from nsa_gen import ops
 SURFACE = {
     "InputError", "NSAError", "NSAttention", "NotTuned", "PagedKVCache", "Resolution", "Spec", "SpecError", "__version__", "combine",
     "compress", "compressed_attention", "nsa_attention", "nsa_decode", "nsa_prefill", "override", "resolve", "select_blocks",
-    "selected_attention",
-    "sliding_attention",
+    "selected_attention", "sliding_attention",
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ _STAGES = (1, 2, 3, 5, 7)
 _PROGRAMS = (64, 128, 256, 384, 512, 1024, 2048)
 SPACES["decode_dense_fwd"] = Space(
     knobs=(
-        Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens a tile
-        # Programs there are to be, as many for each sequence and KV head, with so many tiles each at least; half as many for windows.
+        Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens, or tokens of the window, a tile
+        # Programs that share compressed tokens, of all sequences and KV heads together (half for windows), and the fewest tiles of one.
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
         Knob("BLOCK_B", (16, 32, 64, 128, 256)),  # blocks at a time, when importance is put together
@@ -23,16 +23,16 @@ SPACES["decode_dense_fwd"] = Space(
         Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
     ),
     defaults={
-        "": lambda p: _compressed(p, 32, num_stages=3),
-        "sm_90": lambda p: _compressed(p, 64, num_stages=5, unpack=_unpack(p)),
-        "sm_100": lambda p: _compressed(p, 64, num_stages=5, unpack=_unpack(p)),
+        "": lambda p: _dense(p, 32, num_stages=3),
+        "sm_90": lambda p: _dense(p, 64, num_stages=5, unpack=_unpack(p)),
+        "sm_100": lambda p: _dense(p, 64, num_stages=5, unpack=_unpack(p)),
     },
-    safe=lambda p: _compressed(p, 16, num_stages=1),
-    illegal=lambda p, c: _compressed_fault(p, c),
+    safe=lambda p: _dense(p, 16, num_stages=1),
+    illegal=lambda p, c: _dense_fault(p, c),
 )
 SPACES["decode_selected_fwd"] = Space(
     knobs=(
-        Knob("PROGRAMS", _PROGRAMS),  # there are to be, as many for each token and KV head, with so many blocks each at least
+        Knob("PROGRAMS", _PROGRAMS),  # of all new tokens and KV heads together; LEAST is the fewest blocks of one
         Knob("LEAST", (1, 2, 4)),
         Knob("sum_stages", (1, 2, 3, 5)),  # partial results under way, when they are put together
         Knob("num_warps", (1, 2, 4, 8)),
@@ -41,11 +41,11 @@ SPACES["decode_selected_fwd"] = Space(
         Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
     ),
     defaults={
-        "": lambda p: _merge(p, num_stages=3),
-        "sm_90": lambda p: _merge(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
-        "sm_100": lambda p: _merge(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
+        "": lambda p: _selected(p, num_stages=3),
+        "sm_90": lambda p: _selected(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
+        "sm_100": lambda p: _selected(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
     },
-    safe=lambda p: _merge(p, num_stages=1) | {"sum_stages": 1, "num_warps": 8 if _large(p) else 4},
+    safe=lambda p: _selected(p, num_stages=1) | {"sum_stages": 1, "num_warps": 8 if _large(p) else 4},
     illegal=lambda p, c: (
         f"{c.LEAST} of {p.count} blocks" if p.count < c.LEAST
         else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
@@ -54,7 +54,7 @@ SPACES["decode_selected_fwd"] = Space(
 )  # fmt: skip
 
 
-def _merge(p: Problem, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
+def _selected(p: Problem, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
     known = {"PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 4, "num_stages": num_stages}
     return known | {"maxnreg": None, "unpack": unpack}
 
@@ -105,7 +105,7 @@ def _large(p: Problem) -> bool:
     return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
 
 
-def _compressed(p: Problem, tile: int, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
+def _dense(p: Problem, tile: int, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
     units = p.selection_block // p.stride
     rows = _rows(p)
     if p.dtype == "float32" or _padded(p) > 128:
@@ -118,7 +118,7 @@ def _compressed(p: Problem, tile: int, num_stages: int, unpack: str = "cast") ->
     }  # fmt: skip
 
 
-def _compressed_fault(p: Problem, c: Config) -> str | None:
+def _dense_fault(p: Problem, c: Config) -> str | None:
     units, rows = p.selection_block // p.stride, _rows(p)
     if p.page_size % c.BLOCK_N:
         return f"tiles of {c.BLOCK_N} rows do not fill pages of {p.page_size}"

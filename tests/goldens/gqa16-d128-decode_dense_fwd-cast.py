@@ -443,7 +443,7 @@ _LAGS = 2
 _UNITS = 4
 _WARPS = 4
 _LEAST = max(128 * _WARPS, 32)
-_decode = Launcher(
+_dense = Launcher(
     decode_dense_fwd_kernel,
     {
         "G": 16,
@@ -511,7 +511,7 @@ def decode_dense_fwd(
     scores = torch.empty((sequences, _TOKENS, heads, blocks), dtype=torch.float32, device=device)
     width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
     resident = width <= 1024 * _WARPS
-    _decode(
+    _dense(
         (heads, sequences, parts),
         q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],

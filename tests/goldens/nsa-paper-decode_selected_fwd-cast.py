@@ -195,7 +195,7 @@ def types(*tensors):
 _TOKENS = 1
 _M = 16
 _G_PAD = 16
-_merge = Launcher(
+_select = Launcher(
     decode_selected_fwd_kernel,
     {
         "G": 16,
@@ -241,7 +241,7 @@ def decode_selected_fwd(
     pieces = max(min(256 // max(sequences * _TOKENS * heads, 1), 16 // 2), 1)
     part = torch.empty((sequences, _TOKENS, heads, pieces, _G_PAD, v_pages.shape[3]), dtype=torch.float32, device=device)
     stat = torch.empty((sequences, _TOKENS, heads, pieces, 2, _G_PAD), dtype=torch.float32, device=device)
-    _merge(
+    _select(
         (_TOKENS * heads, sequences, pieces),
         q, k_pages, v_pages, k_scale, v_scale, table, slots, lengths, block_indices, dense_part, dense_stat, g_cmp, g_slc, g_swa,
         part, stat, arrived, o, scale, heads, table.shape[1], splits, dense_part.shape[2], *q.stride()[:3],
