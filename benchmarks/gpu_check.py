@@ -1,6 +1,6 @@
 """Everything about correctness that only a GPU can show, in one run: a table last, JSON on request, exit 1 if anything is wrong.
 
-    python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,…] [--jobs N]
+    python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,…] [--jobs N] [--limit SECONDS]
 
 * ``verify``: every shipped spec's kernels on edge cases, those that serve from a KV cache among them, and its whole forward against the
   float64 reference (``nsa-gen verify``).
@@ -330,6 +330,7 @@ def main() -> int:
     parser.add_argument("--specs", default="")
     parser.add_argument("--only", default=_ALL)
     parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--limit", type=int, default=300, help="seconds of one check (default 300)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -354,8 +355,8 @@ def main() -> int:
     if "gradients" in only:
         checks += [(f"gradients {name}", [*here, "gradients", name], {}) for name in specs]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(lambda check: _run(check[0], check[1], 300, **check[2]), checks))
-    results += [_run(name, [*here, name, ""], 300) for name in ("long", "training") if name in only]
+        results = list(pool.map(lambda check: _run(check[0], check[1], arguments.limit, **check[2]), checks))
+    results += [_run(name, [*here, name, ""], arguments.limit) for name in ("long", "training") if name in only]
     for row in results:
         print(f"{'ok ' if row['ok'] else 'BAD'} {row['check']:24} {row['seconds']:6.1f} s  {row['result']}")
     if arguments.json:
