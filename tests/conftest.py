@@ -29,6 +29,10 @@ for name in ("NSA_GEN_TUNED", "NSA_GEN_STRICT", "NSA_GEN_WORKSPACE"):
     os.environ.pop(name, None)
 os.environ["NSA_GEN_CACHE"] = str(CACHE / "nsa-gen")
 os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import interpreter
+
+    interpreter.lighten()
 # Every worker of pytest-xdist would take all cores for torch: they would wait for one another most of the time.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 from pathlib import Path
 
@@ -42,6 +44,43 @@ def test_without_a_gpu_kernels_are_interpreted():
         pass
 
     assert os.environ["TRITON_INTERPRET"] == "1" and not isinstance(kernel, triton.JITFunction)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU")
+def test_the_interpreter_is_lighter_and_the_same(monkeypatch):
+    """It replaces all of Triton's functions and puts them back, knows every dtype, and looked for no overflow to begin with."""
+    global tl  # where a kernel looks for it
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @triton.jit
+    def kernel(x):
+        i = tl.arange(0, 4)
+        tl.store(x + i, tl.load(x + i) * 3 + 2147483647)
+
+    packages = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(inspect.getmembers(package)) for package in packages]
+    scope = interpreter._patch_lang(kernel.fn)
+    seen = (package for package in packages if package is not tl.core)
+    left = [name for package in seen for name, value in inspect.getmembers(package) if tl.core.is_builtin(value)]
+    scope.restore()
+    assert not left
+    assert all(dict(inspect.getmembers(package)) == was for package, was in zip(packages, before, strict=True))
+
+    np_dtype_of = interpreter._get_np_dtype
+    for dtype in [value for value in vars(tl).values() if isinstance(value, tl.dtype) and value.name not in ("void", "uint1")]:
+        for one in (dtype, tl.block_type(dtype, [4]), tl.pointer_type(dtype), tl.block_type(tl.pointer_type(dtype), [4])):
+            assert np_dtype_of(one) == np_dtype_of.__wrapped__(one) == np_dtype_of(one)
+
+    found, options = [], interpreter.interpreter_builder.options
+    assert not options.sanitize_overflow
+    for looks in (False, True):
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=looks))
+        x = torch.arange(4, dtype=torch.int32)
+        kernel[(1,)](x)
+        found.append(x.tolist())
+    assert found[0] == found[1] == [2147483647, -2147483646, -2147483643, -2147483640]
 
 
 @pytest.mark.gpu
