@@ -37,7 +37,18 @@ def lighten() -> None:
             if tl.core.is_builtin(value):
                 interpreter._patch_attr(package, name, value, *how)
 
+    # ... and finds, within a launch, that the launch has replaced all of them.
+    patch_lang = interpreter._patch_lang
+
+    @functools.wraps(patch_lang)
+    def patch_once(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if seen and not any(tl.core.is_builtin(one) for one in (tl.tensor.__add__, *(language.load for language in seen))):
+            return interpreter._LangPatchScope()
+        return patch_lang(fn)
+
     interpreter._patch_builtin = patch_known
+    interpreter._patch_lang = patch_once
     interpreter._get_np_dtype = by_name(interpreter._get_np_dtype)
 
 
