@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import interpreter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from nsa_gen.row import Row
 from nsa_gen.table import Table, shipped_path
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Before what a process runs: what ``conftest`` does in this one.
+LIGHTER = Path(interpreter.__file__).read_text(encoding="utf-8") + "\nlighten()\n"
 INTERPRETER = device.from_name("interpreter")
 
 #: Runs a forward, its parts and two backwards, and saves what they give. ``package``: nsa_gen and what only it needs cannot be imported.
@@ -66,9 +69,8 @@ if name != "nsa_gen":
 def run(name: str, out: Path, path: Path) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith("NSA_GEN")}
     env |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(path), "NSA_GEN_CACHE": str(out.parent / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", FORWARD, name, str(out)], cwd=out.parent, env=env, capture_output=True, text=True, timeout=600, check=False
-    )
+    command = [sys.executable, "-c", LIGHTER + FORWARD, name, str(out)]
+    done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
