@@ -29,10 +29,13 @@ from .branches._inputs import DTYPES, SpecLike, geometry_of, on_device_of
 from .config import MOST_TOKENS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
+from .replay import replayed
 from .rows import FP8, Places, Rows
 from .spec import load
 
 __all__ = ["PagedKVCache"]
+
+_append = replayed(decode.append)
 
 Branches = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -316,12 +319,11 @@ class PagedKVCache:
         self._compress(more, before, layer)
 
     def _fill_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor, layer: int) -> None:
-        k, v = (list(x) for x in zip(*given, strict=True))
-        scales = [] if self.storage is self.dtype else [self._rows.k_scale[layer], self._rows.v_scale[layer]]
-        phi_k, phi_v = map(list, self.phi[layer])
-        with torch.no_grad(), on_device_of(self.lengths) or nullcontext():
-            decode.append(
-                k, v, *self.layer(layer), self.tables, scales, slots, self.lengths, phi_k, phi_v, self.geometry.key, self.max_seqlen
+        k, v = zip(*given, strict=True)
+        with on_device_of(self.lengths) or nullcontext():
+            _append(
+                slots, k, v, *self.layer(layer), self.tables, self._rows.stored_scales[layer], self.lengths, *self.phi[layer],
+                self.geometry.key, self.max_seqlen,
             )  # fmt: skip
 
     def _given(self, k: Branches, v: Branches) -> list[tuple[Tensor, Tensor]]:

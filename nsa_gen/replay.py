@@ -37,7 +37,8 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         call: takes tensors (always one first), lists or tuples of tensors, None, strings and numbers; returns a tensor that it made, or a
-            tuple of such. Besides its arguments it depends on ``kernels.state()`` only, and on what ``kernels.clear()`` has read anew.
+            tuple of such, which may be empty. Besides its arguments it depends on ``kernels.state()`` only, and on what
+            ``kernels.clear()`` has read anew.
     """
     known: dict[tuple[Any, ...], Any] = kernels.remember({})
 
@@ -297,6 +298,6 @@ class _Watcher(TorchDispatchMode):
                 address = f"a{new} + {offset}" if offset else f"a{new}"
                 code.append(address if x.descriptor is None else f"{script.value(x.descriptor.at)}({address})")
             script.line(f"{script.value(run)}({', '.join(code)})")
-        made = ", ".join(f"x{i}" for i in range(inputs, scratch))
-        script.line(f"return {made}" if single else f"return ({made},)")
+        made = "".join(f"x{i}, " for i in range(inputs, scratch))
+        script.line(f"return x{inputs}" if single else f"return ({made})")
         return script.function()

@@ -45,6 +45,7 @@ class Rows:
         g, self.layers, self.dtype, self.storage, self.device = geometry, layers, dtype, storage, device
         shape = layers, pages, heads, page_size
         self.k_pages, self.v_pages = (torch.zeros(*shape, dim, dtype=storage, device=device) for dim in (g.qk, g.v))
+        self._layers = list(zip(self.k_pages, self.v_pages, strict=True))
         self.k_scale, self.v_scale = (
             _scale(name, scale, (layers, len(streams), heads), streams, device)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
@@ -54,6 +55,10 @@ class Rows:
             zip(self._phi("phi_k", phi_k, heads, g, g.qk), self._phi("phi_v", phi_v, heads, g, g.v), strict=True)
         )
         selected, sliding, compressed = decode.STREAMS[len(streams)]
+        #: What stored K and V are multiplied by, by layer; nothing where nothing is scaled.
+        self.stored_scales: list[tuple[Tensor, ...]] = [
+            () if storage is dtype else (self.k_scale[layer], self.v_scale[layer]) for layer in range(layers)
+        ]
         #: What decoding multiplies by, by layer: compressed and sliding K, selected K, all of V; nothing where nothing is scaled.
         self.scales: list[tuple[Tensor, ...]] = [() if storage is dtype else (
             self.k_scale[layer, [compressed, sliding]], self.k_scale[layer, selected], self.v_scale[layer, [compressed, selected, sliding]],
@@ -63,7 +68,7 @@ class Rows:
         """``k_pages`` and ``v_pages`` of a layer. Raises ``InputError`` where there is none."""
         if not isinstance(layer, int) or not 0 <= layer < self.layers:
             raise InputError(f"layer must be 0 to {self.layers - 1}, got {layer!r}")
-        return self.k_pages[layer], self.v_pages[layer]
+        return self._layers[layer]
 
     def put(self, layer: int, stream: int, places: Places, k: Tensor, v: Tensor) -> None:
         """Store rows ``[rows,Hkv,D]``."""

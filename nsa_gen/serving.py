@@ -100,7 +100,7 @@ def nsa_decode(
     if g_cmp.dtype is not g_slc.dtype or g_cmp.dtype is not g_swa.dtype:
         g_cmp, g_slc, g_swa = g_cmp.float(), g_slc.float(), g_swa.float()
     o = _nsa_decode(
-        q, *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, list(cache.scales[layer]), g_cmp, g_slc, g_swa, g.key,
+        q, *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, cache.scales[layer], g_cmp, g_slc, g_swa, g.key,
         max_seqlen, scale_of(scale, g),
     )  # fmt: skip
     return o.squeeze(1) if single else o

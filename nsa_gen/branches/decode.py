@@ -46,9 +46,9 @@ def decode(
 
 
 def append(
-    k: list[Tensor], v: list[Tensor], k_pages: Tensor, v_pages: Tensor, tables: Tensor, scales: list[Tensor], slots: Tensor,
-    lengths: Tensor, phi_k: list[Tensor], phi_v: list[Tensor], key: str, max_seqlen: int,
-) -> None:  # fmt: skip
+    slots: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], k_pages: Tensor, v_pages: Tensor, tables: Tensor,
+    scales: tuple[Tensor, ...], lengths: Tensor, phi_k: tuple[Tensor, ...], phi_v: tuple[Tensor, ...], key: str, max_seqlen: int,
+) -> tuple[()]:  # fmt: skip
     """Write the last n tokens of S sequences, and the compressed tokens that they complete, where ``lengths`` and ``tables`` say.
 
     Args:
@@ -58,12 +58,14 @@ def append(
     """
     sequences = slots.shape[0]
     if not k[0].shape[0]:
-        return
+        return ()
     which = Cached(str(k_pages.dtype).removeprefix("torch."), k_pages.shape[2], k[0].shape[0] // sequences, len(k))
     host = kernel("cache_append", key, k[0], None, Shape(max_seqlen, sequences * k_pages.shape[1]), which)
-    k, v = ([ready(x) for x in given] for given in (k, v))
-    k, v = (given if len({x.stride() for x in given}) == 1 else [x.contiguous() for x in given] for given in (k, v))
-    host(k, v, k_pages, v_pages, tables, *(scales or (None, None)), slots, lengths, *([ready_flat(x) for x in w] for w in (phi_k, phi_v)))
+    new = [[ready(x) for x in given] for given in (k, v)]
+    new = [given if len({x.stride() for x in given}) == 1 else [x.contiguous() for x in given] for given in new]
+    weights = ([ready_flat(x) for x in w] for w in (phi_k, phi_v))
+    host(*new, k_pages, v_pages, tables, *(scales or (None, None)), slots, lengths, *weights)
+    return ()
 
 
 def decode_fake(

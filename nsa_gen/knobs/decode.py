@@ -111,7 +111,7 @@ def _dense(p: Problem, tile: int, num_stages: int, unpack: str = "cast") -> dict
     if p.dtype == "float32" or _padded(p) > 128:
         tile = min(tile, 32)
     tile = max(min(tile, p.page_size), units, 16)
-    blocks, warps = max((4096 if _padded(p) <= 128 else 2048) // rows, 16), 8 if rows > 32 else 4
+    blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 else 4
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": num_stages, "maxnreg": None,
         "unpack": unpack,

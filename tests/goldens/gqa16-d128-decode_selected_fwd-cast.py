@@ -42,8 +42,8 @@ def attend(q, k, seen, top, total, qk_scale):
 
 @triton.jit
 def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr):
-    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (their weights [PARTS, rows], the
-    weight of what was there before, top, total). Loaded at once: one after the other they would each wait for memory."""
+    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (top, total). Loaded at once: one
+    after the other they would each wait for memory."""
     part = first + tl.arange(0, PARTS)
     there = (part < count)[:, None]
     stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
@@ -52,7 +52,7 @@ def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr
     new_top = tl.maximum(top, tl.max(tops, 0))
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
-    return weights, old, new_top, total * old + tl.sum(totals * weights, 0)
+    return new_top, total * old + tl.sum(totals * weights, 0)
 
 
 @triton.jit
@@ -67,18 +67,13 @@ def last_to_arrive(arrived_ptr, programs):
 
 
 @triton.jit
-def gather(part_ptr, stat_ptr, count, rows, size, inside, column, D_V: tl.constexpr, G_PAD: tl.constexpr, DV: tl.constexpr):
-    """Put `count` partial results of `size` rows each together: o [G_PAD, DV] of some rows; 0 where nothing was seen."""
+def softmax_of(stat_ptr, count, rows, size, G_PAD: tl.constexpr):
+    """Top and total of `count` partial softmaxes of `size` rows each, for some rows; 0 and 1 where nothing was seen."""
     top = tl.full([G_PAD], -float("inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
-    o = tl.zeros([G_PAD, DV], tl.float32)
     for first in range(0, count, 16):
-        weights, old, top, total = together(stat_ptr, first, count, rows, size, top, total, 16)
-        o *= old[:, None]
-        for i in tl.range(0, tl.minimum(count - first, 16), num_stages=3):
-            other = tl.load(part_ptr + ((first + i) * size + rows)[:, None] * D_V + column[None, :], mask=inside, other=0.0)
-            o += other * tl.sum(tl.where((tl.arange(0, 16) == i)[:, None], weights, 0.0), 0)[:, None]
-    return o / tl.where(total > 0, total, 1.0)[:, None]  # o is 0 where total is
+        top, total = together(stat_ptr, first, count, rows, size, top, total, 16)
+    return tl.where(top == -float("inf"), 0.0, top), tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
@@ -97,7 +92,7 @@ def decode_selected_fwd_kernel(
     g_cmp_ptr,  # [S, TOKENS, Hq]
     g_slc_ptr,
     g_swa_ptr,
-    part_ptr,  # [S, TOKENS, Hkv, pieces, G_PAD, D_V] fp32
+    part_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD, D_V] fp32: of chosen blocks, not divided by the total, and of the other branches
     stat_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD] fp32
     arrived_ptr,  # [S, TOKENS, Hkv] int32, 0
     o_ptr,  # [S, TOKENS, Hq, D_V], contiguous
@@ -160,31 +155,46 @@ def decode_selected_fwd_kernel(
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
     column = tl.arange(0, DV)
     inside = valid[:, None] & (column < D_V)[None, :]
-    part = here * pieces + piece
-    tl.store(part_ptr + (part * G_PAD + member)[:, None] * D_V + column[None, :], o, mask=inside)
-    tl.store(stat_ptr + part * (2 * G_PAD) + member, top)
-    tl.store(stat_ptr + part * (2 * G_PAD) + G_PAD + member, total)
-    if last_to_arrive(arrived_ptr + here, pieces):
-        first = here * pieces
-        o_slc = gather(
-            part_ptr + first * G_PAD * D_V, stat_ptr + first * (2 * G_PAD), pieces, member, G_PAD, inside, column, D_V, G_PAD, DV
-        )  # fmt: skip
-        first = (sequence.to(tl.int64) * heads + head) * parts
-        rows = tl.minimum(token * G + member, M - 1)
-        dense, stats = dense_part_ptr + first * M * D_V, dense_stat_ptr + first * (2 * M)
-        o_cmp = gather(dense, stats, splits, rows, M, inside, column, D_V, G_PAD, DV)
-        dense += splits.to(tl.int64) * M * D_V
-        stats += splits * (2 * M)
-        o_swa = gather(dense, stats, parts - splits, rows, M, inside, column, D_V, G_PAD, DV)
+    place = (sequence.to(tl.int64) * TOKENS + token) * (heads * G) + head * G + member
+    first = (sequence.to(tl.int64) * heads + head) * parts
+    rows = tl.minimum(token * G + member, M - 1)
+    stats = dense_stat_ptr + first * (2 * M)
+    cmp_top, cmp_total = softmax_of(stats, splits, rows, M, G_PAD)
+    swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M, G_PAD)
+    cmp_factor = tl.load(g_cmp_ptr + place, mask=valid, other=0.0).to(tl.float32) / cmp_total
+    swa_factor = tl.load(g_swa_ptr + place, mask=valid, other=0.0).to(tl.float32) / swa_total
+    if v_scale_ptr is not None:
+        cmp_factor *= tl.load(v_scale_ptr + head)
+        swa_factor *= tl.load(v_scale_ptr + 2 * heads + head)
+    others = tl.zeros([G_PAD, DV], tl.float32)
+    for i in tl.range(piece, parts, pieces, num_stages=3):
+        given = tl.load(dense_part_ptr + ((first + i) * M + rows)[:, None] * D_V + column[None, :], mask=inside, other=0.0)
+        weight = tl.exp2(tl.load(stats + i * (2 * M) + rows) - tl.where(i < splits, cmp_top, swa_top))
+        others += given * (weight * tl.where(i < splits, cmp_factor, swa_factor))[:, None]
+
+    last = pieces == 1
+    if pieces > 1:
+        of_piece = part_ptr + (here * pieces + piece) * (2 * G_PAD * D_V) + member[:, None] * D_V + column[None, :]
+        tl.store(of_piece, o, mask=inside)
+        tl.store(of_piece + G_PAD * D_V, others, mask=inside)
+        stats = stat_ptr + here * pieces * (2 * G_PAD)
+        tl.store(stats + piece * (2 * G_PAD) + member, top)
+        tl.store(stats + piece * (2 * G_PAD) + G_PAD + member, total)
+        last = last_to_arrive(arrived_ptr + here, pieces)
+        if last:
+            top, total = softmax_of(stats, pieces, member, G_PAD, G_PAD)
+            o = tl.zeros([G_PAD, DV], tl.float32)
+            others = tl.zeros([G_PAD, DV], tl.float32)
+            for i in tl.range(0, pieces, num_stages=3):
+                of_piece = part_ptr + (here * pieces + i) * (2 * G_PAD * D_V) + member[:, None] * D_V + column[None, :]
+                weight = tl.exp2(tl.load(stats + i * (2 * G_PAD) + member) - top)
+                o += tl.load(of_piece, mask=inside, other=0.0) * weight[:, None]
+                others += tl.load(of_piece + G_PAD * D_V, mask=inside, other=0.0)
+    if last:
+        factor = tl.load(g_slc_ptr + place, mask=valid, other=0.0).to(tl.float32) / tl.where(total > 0, total, 1.0)  # o is 0 where total is
         if v_scale_ptr is not None:
-            o_cmp *= tl.load(v_scale_ptr + head)
-            o_slc *= tl.load(v_scale_ptr + heads + head)
-            o_swa *= tl.load(v_scale_ptr + 2 * heads + head)
-        place = (sequence.to(tl.int64) * TOKENS + token) * (heads * G) + head * G + member
-        out = o_cmp * tl.load(g_cmp_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
-        out += o_slc * tl.load(g_slc_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
-        out += o_swa * tl.load(g_swa_ptr + place, mask=valid, other=0.0).to(tl.float32)[:, None]
-        tl.store(o_ptr + place[:, None] * D_V + column[None, :], out.to(o_ptr.dtype.element_ty), mask=inside)
+            factor *= tl.load(v_scale_ptr + heads + head)
+        tl.store(o_ptr + place[:, None] * D_V + column[None, :], (others + o * factor[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
 
 
 def types(*tensors):
@@ -239,7 +249,7 @@ def decode_selected_fwd(
     """
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
     pieces = max(min(256 // max(sequences * _TOKENS * heads, 1), 16 // 2), 1)
-    part = torch.empty((sequences, _TOKENS, heads, pieces, _G_PAD, v_pages.shape[3]), dtype=torch.float32, device=device)
+    part = torch.empty((sequences, _TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), dtype=torch.float32, device=device)
     stat = torch.empty((sequences, _TOKENS, heads, pieces, 2, _G_PAD), dtype=torch.float32, device=device)
     _select(
         (_TOKENS * heads, sequences, pieces),

@@ -40,15 +40,28 @@ def store_new(
 
 
 @triton.jit
+def load_held(pointers, inside, scale, dtype: tl.constexpr):
+    """Numbers that the cache holds."""
+    x = tl.load(pointers, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def load_new(x_ptr, offsets, inside, scale, storage: tl.constexpr):
+    """New numbers, rounded as the cache will hold them."""
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
 def load_token(
     x_ptr, pages_ptr, table_ptr, scale, position, old, column, head, heads, stride_t, PAGE: tl.constexpr, D: tl.constexpr
 ):
     """Some columns of a token, which is new from position `old` on."""
     if position >= old:
-        x = tl.load(x_ptr + (position - old) * stride_t + column, mask=column < D, other=0.0)
+        x = load_new(x_ptr, (position - old) * stride_t + column, column < D, scale, pages_ptr.dtype.element_ty)
     else:
-        held = tl.load(pages_ptr + row_of(table_ptr, position, head, heads, PAGE, D) + column, mask=column < D, other=0.0)
-        x = held
+        x = load_held(pages_ptr + row_of(table_ptr, position, head, heads, PAGE, D) + column, column < D, scale, x_ptr.dtype.element_ty)
     return x
 
 
@@ -70,6 +83,7 @@ def compress_row(
     head,
     heads,
     stride_t,
+    TOKENS: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -193,12 +207,12 @@ def cache_append_kernel(
             if (job - (STREAMS - 1)) % 2 == 0:
                 compress_row(
                     k_ptr + k_rows, k_pages_ptr, tables, rows, k_scale, cmp_k_scale, wk0_ptr, wk1_ptr, wk2_ptr, wk3_ptr, wk4_ptr, row, old,
-                    head, heads, stride_kt, PAGE, D_QK, DQ, BLOCK, STRIDE, HIDDEN_K, BLOCK_K, BLOCK_U,
+                    head, heads, stride_kt, TOKENS, PAGE, D_QK, DQ, BLOCK, STRIDE, HIDDEN_K, BLOCK_K, BLOCK_U,
                 )  # fmt: skip
             else:
                 compress_row(
                     v_ptr + v_rows, v_pages_ptr, tables, rows, v_scale, cmp_v_scale, wv0_ptr, wv1_ptr, wv2_ptr, wv3_ptr, wv4_ptr, row, old,
-                    head, heads, stride_vt, PAGE, D_V, DV, BLOCK, STRIDE, HIDDEN_V, BLOCK_K, BLOCK_U,
+                    head, heads, stride_vt, TOKENS, PAGE, D_V, DV, BLOCK, STRIDE, HIDDEN_V, BLOCK_K, BLOCK_U,
                 )  # fmt: skip
 
 

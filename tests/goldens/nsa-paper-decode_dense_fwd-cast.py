@@ -2,7 +2,7 @@
 
 problem 4c1c5dfcd6e2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 page_size=64 tokens=1
-config  417e1688dd5c: BLOCK_B=128 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4 unpack=cast
+config  4578e5825243: BLOCK_B=64 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -264,8 +264,8 @@ def attend(q, k, seen, top, total, qk_scale):
 
 @triton.jit
 def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr):
-    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (their weights [PARTS, rows], the
-    weight of what was there before, top, total). Loaded at once: one after the other they would each wait for memory."""
+    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (top, total). Loaded at once: one
+    after the other they would each wait for memory."""
     part = first + tl.arange(0, PARTS)
     there = (part < count)[:, None]
     stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
@@ -274,7 +274,7 @@ def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr
     new_top = tl.maximum(top, tl.max(tops, 0))
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
-    return weights, old, new_top, total * old + tl.sum(totals * weights, 0)
+    return new_top, total * old + tl.sum(totals * weights, 0)
 
 
 @triton.jit
@@ -289,6 +289,14 @@ def last_to_arrive(arrived_ptr, programs):
 
 
 @triton.jit
+def count_of(tops_ptr, tile, used, row, top, factor, M: tl.constexpr):
+    """What sums for tiles' own tops count in the softmax of all, [tiles, M]: 0 for tiles that do not exist."""
+    there = ((tile >= 0) & (tile < used))[:, None]
+    tops = tl.load(tops_ptr + tile[:, None] * M + row[None, :], mask=there, other=-float("inf"))
+    return tl.exp2(tops - top[None, :]) * factor[None, :]
+
+
+@triton.jit
 def decode_dense_fwd_kernel(
     q_ptr,  # [S, TOKENS, Hq, D_QK]
     k_ptr,  # [pages, Hkv, PAGE, D_QK]
@@ -300,8 +308,8 @@ def decode_dense_fwd_kernel(
     length_ptr,  # [slots] int32: tokens, the new ones included
     part_ptr,  # [S, Hkv, parts, M, D_V] fp32: a program's o for its own top, not divided by its total
     stat_ptr,  # [S, Hkv, parts, 2, M] fp32: top (log2 domain), total
-    sums_ptr,  # [S, Hkv, LAGS, blocks, M] fp32: what a group of UNITS tokens gives to the block of its number + lag, for its tile's top
-    tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops, and in the end what a tile's sums count
+    sums_ptr,  # [S, Hkv, LAGS, blocks, M] fp32: what a block gets from the UNITS tokens that start lag blocks before, for their tile's top
+    tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops
     scores_ptr,  # [S, TOKENS, Hkv, blocks] fp32
     index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
     arrived_ptr,  # [S, Hkv] int32, 0
@@ -335,16 +343,19 @@ def decode_dense_fwd_kernel(
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUPS_OF_TILE: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
     head = tl.program_id(0)
-    heads = tl.num_programs(0)
     sequence = tl.program_id(1)
     part = tl.program_id(2)  # programs of the window start last
+    heads = tl.num_programs(0)
     parts = tl.num_programs(2)
     sliding = part >= splits
+    sharing = tl.where(sliding, parts - splits, splits)
     slot = tl.load(slot_ptr + sequence)
     length = tl.load(length_ptr + slot)
     table = tl.where(sliding, sliding_ptr, compressed_ptr) + slot.to(tl.int64) * max_pages
@@ -369,11 +380,10 @@ def decode_dense_fwd_kernel(
     o = tl.zeros([M, DV], tl.float32)
     first = tl.where(sliding, tl.maximum(length - TOKENS - WINDOW + 1, 0) // BLOCK_N, 0)
     used = (keys + BLOCK_N - 1) // BLOCK_N
-    sharing = tl.where(sliding, parts - splits, splits)
     each = (used - first + sharing - 1) // sharing
     begin = first + tl.where(sliding, part - splits, part) * each
     unit = tl.arange(0, UNITS)[None, None, :]
-    group = tl.arange(0, BLOCK_N // UNITS)
+    group = tl.arange(0, GROUPS_OF_TILE)
     sums = sums_ptr + here * (LAGS * M) * blocks
     tops = tops_ptr + here * M * tiles
     for tile in tl.range(begin, tl.minimum(begin + each, used), num_stages=STAGES):
@@ -385,12 +395,12 @@ def decode_dense_fwd_kernel(
         top, total, weights, old, prob, tile_top = attend(q, k, seen, top, total, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
         tl.store(tops + tile * M + row, tile_top, mask=(row < M) & (part < splits))
-        prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
-        place = (tile * (BLOCK_N // UNITS) + group)[None, :] * M + row[:, None]
-        fits = ((tile * (BLOCK_N // UNITS) + group < blocks) & (part < splits))[None, :]
+        prob = tl.reshape(prob, [M, GROUPS_OF_TILE, UNITS])
         for lag in tl.static_range(LAGS):
             count = weight(unit - lag * UNITS, UNITS, BLOCK // STRIDE)
-            tl.store(sums + lag * blocks * M + place, tl.sum(prob * count, 2), mask=fits)
+            block = tile * GROUPS_OF_TILE + group + lag
+            fits = ((block < blocks) & (part < splits))[None, :]
+            tl.store(sums + (lag * blocks + block)[None, :] * M + row[:, None], tl.sum(prob * count, 2), mask=fits)
 
     column = tl.arange(0, DV)
     place = here * parts + part
@@ -404,29 +414,27 @@ def decode_dense_fwd_kernel(
         top = tl.full([M], -float("inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         for i in range(0, splits, 16):
-            _, _, top, total = together(stat_ptr + here * parts * (2 * M), i, splits, row, M, top, total, 16)
+            top, total = together(stat_ptr + here * parts * (2 * M), i, splits, row, M, top, total, 16)
         top = tl.where(top == -float("inf"), 0.0, top)
         factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
-        for tile0 in range(0, used, 128):
-            number = tile0 + tl.arange(0, 128)
-            there = (number < used)[:, None]
-            of_rows = tops + number[:, None] * M + row[None, :]
-            tl.store(of_rows, tl.exp2(tl.load(of_rows, mask=there, other=0.0) - top[None, :]) * factor[None, :], mask=there)
-        tl.debug_barrier()
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 128):
-            block = block0 + tl.arange(0, 128)
-            importance = tl.zeros([128, M], tl.float32)
+        for tile0 in range(0, last // GROUPS_OF_TILE + 1, TILES):
+            numbers = tile0 + tl.arange(0, TILES)
+            candidate = numbers[:, None] * GROUPS_OF_TILE + group[None, :]
+            importance = tl.zeros([TILES, GROUPS_OF_TILE, M], tl.float32)
             for lag in tl.static_range(LAGS):
-                source = block - lag
-                of_tile = source * UNITS // BLOCK_N
-                exists = ((source >= 0) & (of_tile < used) & (source < blocks))[:, None]
-                counts = tl.load(tops + of_tile[:, None] * M + row[None, :], mask=exists, other=0.0)
-                importance += tl.load(sums + (lag * blocks + source)[:, None] * M + row[None, :], mask=exists, other=0.0) * counts
+                # The first blocks of a tile get what lies `lag` blocks before from one tile further back than the others.
+                counts = count_of(tops, numbers - lag // GROUPS_OF_TILE, used, row, top, factor, M)[:, None, :]
+                if lag % GROUPS_OF_TILE > 0:
+                    before = count_of(tops, numbers - lag // GROUPS_OF_TILE - 1, used, row, top, factor, M)[:, None, :]
+                    counts = tl.where((group < lag % GROUPS_OF_TILE)[None, :, None], before, counts)
+                exists = (candidate >= lag) & (candidate <= last) & (candidate - lag < used * GROUPS_OF_TILE)
+                given = sums + (lag * blocks + candidate)[:, :, None] * M + row[None, None, :]
+                importance += tl.load(given, mask=exists[:, :, None], other=0.0) * counts
             for token in tl.static_range(TOKENS):
-                of_token = tl.sum(tl.where((row // G == token)[None, :], importance, 0.0), 1)
+                of_token = tl.sum(tl.where((row // G == token)[None, None, :], importance, 0.0), 2)
                 target = scores_ptr + ((sequence.to(tl.int64) * TOKENS + token) * heads + head) * blocks
-                tl.store(target + block, of_token, mask=block <= last)
+                tl.store(target + candidate, of_token, mask=candidate <= last)
         tl.debug_barrier()  # the whole row is read by every thread
         for token in range(TOKENS):
             at = (sequence.to(tl.int64) * TOKENS + token) * heads + head
@@ -468,6 +476,8 @@ _dense = Launcher(
         "LEAST": _LEAST,
         "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
+        "GROUPS_OF_TILE": 8,
+        "TILES": 8,
         "STAGES": 5,
     },
     num_warps=_WARPS,
