@@ -160,8 +160,8 @@ from nsa_gen.config import Problem
 
 found = {}
 for arch in device.arches():
-    every = arch in ("sm_80", "sm_90")
-    for *dims, parts in ((256, 256, 13), *(((128, 128, 13), (128, 128, 1), (192, 128, 13)) if every else ())):
+    more = {"sm_80": ((128, 128, 13),), "sm_90": ((128, 128, 13), (128, 128, 1), (192, 128, 13))}.get(arch, ())
+    for *dims, parts in ((256, 256, 13), *more):  # the widest needs most
         key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": dims[0], "head_dim_v": dims[1], "selection_block": 64, "count": 16}
         p = Problem.of("sliding_merge_fwd", key | {"initial": 1, "local": 2, "parts": parts, "window": 512, "varlen": True})
         case = inputs.case(p, seqlens=(1000, 24), heads_kv=4, device="meta")
