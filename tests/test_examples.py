@@ -34,7 +34,7 @@ def without_times(found: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("attention", ["nsa", "full"])
 def test_language_model_learns(tmp_path: Path, attention: str) -> None:
-    arguments = ["--device", "cpu", "--attention", attention, "--out", str(tmp_path), "--length", "64", "--tokens", "220000"]
+    arguments = ["--device", "cpu", "--attention", attention, "--out", str(tmp_path), "--length", "64", "--tokens", "160000"]
     assert train_lm.main(arguments) == 0
     found = record(tmp_path / f"lm-{attention}-seed0.json")
     assert found["finished"]
@@ -46,7 +46,7 @@ def test_language_model_learns(tmp_path: Path, attention: str) -> None:
 
 
 def test_planted_dependence_is_found_and_the_control_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_series.main([*SERIES, "--out", str(tmp_path), "--tokens", "220000"]) == 0
+    assert train_series.main([*SERIES, "--out", str(tmp_path), "--tokens", "150000"]) == 0
     planted, control = (record(tmp_path / f"series-{kind}-nsa-seed0.json")["result"] for kind in ("planted", "control"))
     assert planted["test"]["accuracy"]["low"] > 0.6
     assert planted["test"]["gain"]["low"] > 0
@@ -63,23 +63,23 @@ def test_planted_dependence_is_found_and_the_control_is_not(tmp_path: Path, caps
 @pytest.mark.parametrize("script", [train_lm, train_series], ids=["lm", "series"])
 def test_resumes_bit_for_bit(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "lm-nsa-seed3" if script is train_lm else "series-planted-nsa-seed3"
-    arguments = ["--device", "cpu", "--attention", "nsa", "--seeds", "3", "--tokens", "8192", "--batch-tokens", "512"]
+    arguments = ["--device", "cpu", "--attention", "nsa", "--seeds", "3", "--tokens", "4096", "--batch-tokens", "512"]
     arguments += ["--length", "64"] if script is train_lm else ["--kind", "planted"]
     assert script.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
 
     class Cut(script.Deadline):
-        left = 5
+        left = 3
 
         def reached(self) -> bool:
             self.left -= 1
             return self.left < 0
 
     monkeypatch.setattr(script, "Deadline", Cut)
-    for time in range(4):
+    for time in range(3):
         assert script.main([*arguments, "--out", str(tmp_path / "cut"), *(["--resume"] if time else [])]) == 0
-        assert record(tmp_path / "cut" / f"{name}.json")["finished"] == (time == 3)
+        assert record(tmp_path / "cut" / f"{name}.json")["finished"] == (time == 2)
     whole, cut = (torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("whole", "cut"))
-    assert whole["step"] == cut["step"] == 16
+    assert whole["step"] == cut["step"] == 8
     for key, value in whole["model"].items():
         assert torch.equal(value, cut["model"][key]), key
     for index, state in whole["optimizer"]["state"].items():
@@ -88,7 +88,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, script: Any, monkeypatch: pytest.Mo
     curves = [{row["step"]: row for row in state["record"]["evaluations"]} for state in (whole, cut)]
     assert curves[0] == curves[1]
     assert without_times(whole["record"]["result"]) == without_times(cut["record"]["result"])
-    assert [found["from_step"] for found in cut["record"]["environment"]] == [0, 5, 10, 15]
+    assert [found["from_step"] for found in cut["record"]["environment"]] == [0, 3, 6]
 
 
 def test_a_run_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
