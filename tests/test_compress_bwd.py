@@ -260,7 +260,8 @@ for pooling in ("mean", "weighted", "linear", "mlp"):
     key = {"dtype": "bfloat16", "head_dim": 128, "block": 32, "stride": 16, "pooling": pooling, "hidden": hidden, "varlen": True}
     p = Problem.of("compress_bwd", key)
     case = inputs.case(p, seqlens=(40000, 24), heads_kv=4, device="meta")
-    for arch, target in TARGETS.items():
+    # MLP has every kernel, and the largest: it stands for the others but on one target of each compiler.
+    for arch, target in [(arch, target) for arch, target in TARGETS.items() if pooling == "mlp" or arch in ("sm_90", "gfx942")]:
         module = loader.load(render.render(p, space.default(p, arch)))
         for one in loader.compile_all(lambda: case.run(module), target):
             found[f"{pooling} {arch} {one.name}"] = [one.shared, one.spills]
@@ -270,9 +271,9 @@ print(json.dumps(found))
 
 @pytest.mark.compile
 def test_compiles(compiled_python):
-    """The default config of every pooling fits every arch and spills next to nothing."""
+    """The default config of every pooling fits and spills next to nothing."""
     found = json.loads(compiled_python(COMPILE))
-    assert len(found) == 5 * (1 + 4 + 4 + 6)
+    assert len(found) == 2 * (1 + 4 + 4) + 5 * 6
     for name, (shared, spills) in found.items():
         assert shared <= (65536 if "gfx" in name else 101376), name
         assert spills <= 16, (name, spills)
