@@ -39,6 +39,8 @@ def structures(problem: Problem) -> list[Config]:
     found = [space.default(problem, arch) for arch in ARCHES] + [space.safe(problem)]
     unseen = {(knob.name, value) for knob in space.knobs(problem.kernel) for value in knob.values if isinstance(value, str)}
     unseen -= {pair for one in found for pair in one.values}
+    if problem.kernel == "compress_bwd":  # its one choice follows from the pooling
+        unseen = set()
     # A value that stays unseen is illegal for the problem. Not worth a walk through kv_outer's sizes, which come last, by the million; in
     # the backward, structure has the tiles of the safe config.
     walk = with_safe_tiles if problem.kernel.endswith("_bwd") else space.candidates
@@ -82,16 +84,16 @@ def test_template_is_python(path):
     ast.parse(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
-def test_every_rendering_is_python_and_the_same_each_time(debug):
+def test_every_rendering_is_python_and_the_same_each_time():
     count = 0
     for problem in problems():
         for one in structures(problem):
-            source = render.render(problem, one, debug=debug)
-            names = {node.name for node in ast.parse(source.text).body if isinstance(node, ast.FunctionDef)}
-            assert problem.kernel in names, f"no host function {problem.kernel}"
-            assert debug or source == render.render(problem, one)
-            assert "{{" not in source.text and "#%" not in source.text
+            for debug in (False, True):
+                source = render.render(problem, one, debug=debug)
+                names = {node.name for node in ast.parse(source.text).body if isinstance(node, ast.FunctionDef)}
+                assert problem.kernel in names, f"no host function {problem.kernel}"
+                assert debug or source == render.render(problem, one)
+                assert "{{" not in source.text and "#%" not in source.text
             count += 1
     assert count > 100
 
