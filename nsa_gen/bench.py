@@ -277,8 +277,8 @@ def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int, copy_tb_
             entries.append(_failed(name, error))
     result = _measured(bench_decode.WHOLE, found, entries, {}, {}, rounds)
     ran = any(entry["name"] == bench_decode.WHOLE and "error" not in entry for entry in result["entries"])
-    if step is not None and ran:  # launched one by one: cannot be timed in turn with graphs
-        timed = timing.measure(step, graph=False)
+    if step is not None and ran:  # without a graph: cannot be timed in turn with graphs
+        timed = timing.streamed(step)
         result["entries"].append(
             {
                 "name": bench_decode.EAGER,

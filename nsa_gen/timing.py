@@ -9,6 +9,7 @@ removes by a graph) and with the inputs outside L2 (in a model, other layers run
   time, and nothing cancels those.
 * *Eager* (``graph=False``, or where the call cannot be captured): overwrite, event, call, event. The overwrite keeps the device busy while
   the host enqueues the call, so that its first launch is hidden; calls of many small kernels still show their launch gaps.
+* *Streamed*: many calls between two events, as fast as the host can launch them.
 
 The overwritten buffer is twice the L2 cache, so that lines of either half of a split cache are displaced. Importing this needs no GPU.
 """
@@ -99,6 +100,23 @@ def measure(
         if early_stop_ms is not None and len(samples) >= 3 and min(samples) > early_stop_ms:
             return Timing.of(samples, graph=timer.graph, stopped=True)
     return Timing.of(samples, graph=timer.graph)
+
+
+def streamed(fn: Callable[[], object], *, calls: int = 50, samples: int = 9) -> Timing:
+    """Time a call of ``fn`` where ``calls`` of them are launched one after the other and none is waited for, as a model without graphs does.
+
+    The longer one of host and device time, then: neither hides, and what a call leaves in L2 the next one finds.
+
+    Raises:
+        TargetError: no GPU is present.
+    """
+    _warm_up(fn)
+
+    def many() -> None:
+        for _ in range(calls):
+            fn()
+
+    return Timing.of([_between(many) / calls for _ in range(samples)])
 
 
 def interleaved(fns: Sequence[Callable[[], object]], rounds: int, *, cold_l2: bool = True, graph: bool = True) -> list[list[float]]:

@@ -349,7 +349,7 @@ def test_bench_of_decoding_puts_together_what_it_measures(monkeypatch):
     monkeypatch.setattr(bench_decode, "parts", lambda *_: dict(calls))
     monkeypatch.setattr(bench_decode, "full_attention", refused)
     monkeypatch.setattr(timing, "interleaved", lambda functions, rounds: [[0.25] * rounds for _ in functions])
-    monkeypatch.setattr(timing, "measure", lambda call, graph: timing.Timing.of([0.5]))
+    monkeypatch.setattr(timing, "streamed", lambda call: timing.Timing.of([0.5]))
     chosen, shapes = spec.load("gqa16-d128"), [TuneShape(2, 4096), TuneShape(1, 64)]
     result = bench.run(chosen, shapes, rounds=3, cached=config.cache_of(chosen, config.FP8))
     assert json.loads(json.dumps(result))["cached"] == {"storage": config.FP8, "page_size": 64, "tokens": 1, "branches": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 
 import pytest
 import torch
@@ -102,6 +103,8 @@ def test_without_a_gpu():
         timing.measure(lambda: None)
     with pytest.raises(TargetError, match="needs a GPU"):
         timing.interleaved([lambda: None], 3)
+    with pytest.raises(TargetError, match="needs a GPU"):
+        timing.streamed(lambda: None)
 
 
 class Device:
@@ -119,6 +122,7 @@ class Device:
                 return device.between(self.fn)
 
         monkeypatch.setattr(timing, "_warm_up", lambda fn: (fn(), self.between(fn))[1])
+        monkeypatch.setattr(timing, "_between", self.between)
         monkeypatch.setattr(timing, "_Eager", Timer)
         monkeypatch.setattr(timing, "_timer", lambda fn, cold, graph, ms: Timer(fn, cold, ms) if graph and capturable else Timer(fn, cold))
 
@@ -152,6 +156,13 @@ def test_measure_gives_up_on_losers(monkeypatch):
     found = timing.measure(device.work(50.0), early_stop_ms=2.0)
     assert found.stopped and found.samples == (pytest.approx(50.0),)
     assert not timing.measure(device.work(1.9), early_stop_ms=2.0).stopped
+
+
+def test_a_stream_of_calls_is_timed_as_one(monkeypatch):
+    device = Device(monkeypatch)
+    found = timing.streamed(device.work(2.0, "a"), calls=4, samples=3)
+    assert found.samples == (2.0, 2.0, 2.0) and not found.graph
+    assert len(device.log) == 2 + 4 * 3  # warm-up, then samples
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -190,6 +201,15 @@ def test_a_graph_times_short_calls_without_launches():
     assert cold.graph and 0.005 < cold.median_ms < 0.1
     one = timing.measure(lambda: x.add_(1), max_reps=20)
     assert 4 < cold.median_ms / one.median_ms < 20
+
+
+@pytest.mark.gpu
+def test_a_stream_of_calls_takes_host_time_where_that_is_longer():
+    x = torch.zeros(1024, device="cuda")
+    short, slow = (timing.streamed(work, calls=20).median_ms for work in (lambda: x.add_(1), lambda: (x.add_(1), time.sleep(0.002))))
+    assert short < 0.2 and 2 < slow < 10
+    y = torch.zeros(2**28, device="cuda")
+    assert 0.5 < timing.streamed(lambda: y.add_(1), calls=5).median_ms / timing.measure(lambda: y.add_(1)).median_ms < 1.5
 
 
 @pytest.mark.gpu

@@ -7,8 +7,7 @@ from .space import Knob, Space
 
 SPACES: dict[str, Space] = {}
 
-# A tile's K and V wait for the number of their page, so a pipeline of n stages holds (n - 1) / 2 tiles.
-_STAGES = (1, 2, 3, 5, 7)
+_STAGES = (1, 2, 3, 4, 5, 6, 7)  # a pipeline of n stages holds n - 1 tiles of K and V
 _PROGRAMS = (64, 128, 256, 384, 512, 1024, 2048)
 SPACES["decode_dense_fwd"] = Space(
     knobs=(
@@ -23,11 +22,12 @@ SPACES["decode_dense_fwd"] = Space(
         Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
     ),
     defaults={
-        "": lambda p: _dense(p, 32, num_stages=3),
-        "sm_90": lambda p: _dense(p, 64, num_stages=5, unpack=_unpack(p)),
-        "sm_100": lambda p: _dense(p, 64, num_stages=5, unpack=_unpack(p)),
+        "": lambda p: _dense(p, 32),
+        "gfx942": lambda p: _dense(p, 32, room=32768),
+        "sm_90": lambda p: _dense(p, 64, room=98304) | {"unpack": _unpack(p)},
+        "sm_100": lambda p: _dense(p, 64, room=98304) | {"unpack": _unpack(p)},
     },
-    safe=lambda p: _dense(p, 16, num_stages=1),
+    safe=lambda p: _dense(p, 16) | {"num_stages": 1},
     illegal=lambda p, c: _dense_fault(p, c),
 )
 SPACES["decode_selected_fwd"] = Space(
@@ -41,11 +41,12 @@ SPACES["decode_selected_fwd"] = Space(
         Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
     ),
     defaults={
-        "": lambda p: _selected(p, num_stages=3),
-        "sm_90": lambda p: _selected(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
-        "sm_100": lambda p: _selected(p, num_stages=3 if _large(p) else 5, unpack=_unpack(p)),
+        "": lambda p: _selected(p),
+        "gfx942": lambda p: _selected(p, room=32768),
+        "sm_90": lambda p: _selected(p, room=98304) | {"unpack": _unpack(p)},
+        "sm_100": lambda p: _selected(p, room=98304) | {"unpack": _unpack(p)},
     },
-    safe=lambda p: _selected(p, num_stages=1) | {"sum_stages": 1, "num_warps": 8 if _large(p) else 4},
+    safe=lambda p: _selected(p) | {"num_stages": 1, "sum_stages": 1, "num_warps": 8 if _large(p) else 4},
     illegal=lambda p, c: (
         f"{c.LEAST} of {p.count} blocks" if p.count < c.LEAST
         else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
@@ -54,9 +55,17 @@ SPACES["decode_selected_fwd"] = Space(
 )  # fmt: skip
 
 
-def _selected(p: Problem, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
-    known = {"PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 4, "num_stages": num_stages}
-    return known | {"maxnreg": None, "unpack": unpack}
+def _selected(p: Problem, room: int = 65536) -> dict[str, Value]:
+    return {
+        "PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 4, "num_stages": _stages(p, p.selection_block, room),
+        "maxnreg": None, "unpack": "cast",
+    }  # fmt: skip
+
+
+def _stages(p: Problem, rows: int, room: int) -> int:
+    """As many as ``room`` bytes of shared memory have tiles of ``rows`` keys for, two at least: then one comes while one is worked on."""
+    tile = rows * 2 * _padded(p) * (1 if p.storage == FP8 else 4 if p.dtype == "float32" else 2)
+    return min(max(room // tile, 2 if room > 65536 else 1), 6) + 1
 
 
 _PROJECT = {"body": ("project",)}
@@ -105,7 +114,7 @@ def _large(p: Problem) -> bool:
     return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
 
 
-def _dense(p: Problem, tile: int, num_stages: int, unpack: str = "cast") -> dict[str, Value]:
+def _dense(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     units = p.selection_block // p.stride
     rows = _rows(p)
     if p.dtype == "float32" or _padded(p) > 128:
@@ -113,8 +122,8 @@ def _dense(p: Problem, tile: int, num_stages: int, unpack: str = "cast") -> dict
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 else 4
     return {
-        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": num_stages, "maxnreg": None,
-        "unpack": unpack,
+        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": _stages(p, tile, room),
+        "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 problem 4c1c5dfcd6e2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 page_size=64 tokens=1
-config  4578e5825243: BLOCK_B=64 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=5 num_warps=4 unpack=cast
+config  e9801a283510: BLOCK_B=64 BLOCK_N=32 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=4 num_warps=4 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -236,16 +236,12 @@ def weight(unit, PER_BLOCK: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def load_page_rows(
-    pages_ptr, table_ptr, row0, last, head, heads, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
-):
-    """[ROWS, D_PAD] from row0 on, a multiple of ROWS, which divides PAGE: rows in one page. 0 from row `last` on and past column D."""
-    page = tl.load(table_ptr + row0 // PAGE).to(tl.int64)
+def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """[ROWS, D_PAD] from a row of all pages on, in one page. 0 from `count` rows on and past column D."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PAD)[None, :]
-    base = pages_ptr + ((page * heads + head) * PAGE + row0 % PAGE) * D
-    inside = (row < last - row0) & (column < D) if D_PAD > D else row < last - row0
-    return tl.load(base + row * D + column, mask=inside, other=0.0)
+    inside = (row < count) & (column < D) if D_PAD > D else row < count
+    return tl.load(pages_ptr + row0 * D + row * D + column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -286,14 +282,6 @@ def last_to_arrive(arrived_ptr, programs):
         tl.store(arrived_ptr, 0)
     tl.debug_barrier()
     return last
-
-
-@triton.jit
-def count_of(tops_ptr, tile, used, row, top, factor, M: tl.constexpr):
-    """What sums for tiles' own tops count in the softmax of all, [tiles, M]: 0 for tiles that do not exist."""
-    there = ((tile >= 0) & (tile < used))[:, None]
-    tops = tl.load(tops_ptr + tile[:, None] * M + row[None, :], mask=there, other=-float("inf"))
-    return tl.exp2(tops - top[None, :]) * factor[None, :]
 
 
 @triton.jit
@@ -343,8 +331,6 @@ def decode_dense_fwd_kernel(
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS_OF_TILE: tl.constexpr,
-    TILES: tl.constexpr,
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -383,24 +369,29 @@ def decode_dense_fwd_kernel(
     each = (used - first + sharing - 1) // sharing
     begin = first + tl.where(sliding, part - splits, part) * each
     unit = tl.arange(0, UNITS)[None, None, :]
-    group = tl.arange(0, GROUPS_OF_TILE)
+    group = tl.arange(0, BLOCK_N // UNITS)
     sums = sums_ptr + here * (LAGS * M) * blocks
     tops = tops_ptr + here * M * tiles
-    for tile in tl.range(begin, tl.minimum(begin + each, used), num_stages=STAGES):
+    end = tl.minimum(begin + each, used)
+    # A tile's page is looked up one tile ahead: a pipeline that did so would wait for the rows before it each time.
+    page = tl.load(table + begin * BLOCK_N // PAGE, mask=begin < end, other=0)
+    for tile in tl.range(begin, end, num_stages=STAGES):
         key0 = tile * BLOCK_N
-        k = load_page_rows(k_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_QK, DQ).to(q.dtype)
-        v = load_page_rows(v_ptr, table, key0, keys, head, heads, BLOCK_N, PAGE, D_V, DV)
+        row0 = (page.to(tl.int64) * heads + head) * PAGE + key0 % PAGE
+        page = tl.load(table + (key0 + BLOCK_N) // PAGE, mask=tile + 1 < end, other=0)
+        k = load_rows(k_ptr, row0, keys - key0, BLOCK_N, D_QK, DQ).to(q.dtype)
+        v = load_rows(v_ptr, row0, keys - key0, BLOCK_N, D_V, DV)
         key = (key0 + tl.arange(0, BLOCK_N))[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
         top, total, weights, old, prob, tile_top = attend(q, k, seen, top, total, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
         tl.store(tops + tile * M + row, tile_top, mask=(row < M) & (part < splits))
-        prob = tl.reshape(prob, [M, GROUPS_OF_TILE, UNITS])
+        prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
         for lag in tl.static_range(LAGS):
             count = weight(unit - lag * UNITS, UNITS, BLOCK // STRIDE)
-            block = tile * GROUPS_OF_TILE + group + lag
-            fits = ((block < blocks) & (part < splits))[None, :]
-            tl.store(sums + (lag * blocks + block)[None, :] * M + row[:, None], tl.sum(prob * count, 2), mask=fits)
+            to = tile * (BLOCK_N // UNITS) + group + lag
+            fits = ((to < blocks) & (part < splits))[None, :]
+            tl.store(sums + (lag * blocks + to)[None, :] * M + row[:, None], tl.sum(prob * count, 2), mask=fits)
 
     column = tl.arange(0, DV)
     place = here * parts + part
@@ -418,23 +409,20 @@ def decode_dense_fwd_kernel(
         top = tl.where(top == -float("inf"), 0.0, top)
         factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
         last = (length - 1) // SELECTED
-        for tile0 in range(0, last // GROUPS_OF_TILE + 1, TILES):
-            numbers = tile0 + tl.arange(0, TILES)
-            candidate = numbers[:, None] * GROUPS_OF_TILE + group[None, :]
-            importance = tl.zeros([TILES, GROUPS_OF_TILE, M], tl.float32)
+        for block0 in range(0, last + 1, 64):
+            block = block0 + tl.arange(0, 64)
+            importance = tl.zeros([64, M], tl.float32)
             for lag in tl.static_range(LAGS):
-                # The first blocks of a tile get what lies `lag` blocks before from one tile further back than the others.
-                counts = count_of(tops, numbers - lag // GROUPS_OF_TILE, used, row, top, factor, M)[:, None, :]
-                if lag % GROUPS_OF_TILE > 0:
-                    before = count_of(tops, numbers - lag // GROUPS_OF_TILE - 1, used, row, top, factor, M)[:, None, :]
-                    counts = tl.where((group < lag % GROUPS_OF_TILE)[None, :, None], before, counts)
-                exists = (candidate >= lag) & (candidate <= last) & (candidate - lag < used * GROUPS_OF_TILE)
-                given = sums + (lag * blocks + candidate)[:, :, None] * M + row[None, None, :]
-                importance += tl.load(given, mask=exists[:, :, None], other=0.0) * counts
+                # All in one layout, tops loaded block by block: nothing but memory is waited for, and once for all lags.
+                exists = ((block >= lag) & (block <= last) & (block - lag < used * (BLOCK_N // UNITS)))[:, None]
+                given = tl.load(sums + (lag * blocks + block)[:, None] * M + row[None, :], mask=exists, other=0.0)
+                of_tile = tops + (block - lag) * UNITS // BLOCK_N * M
+                importance += given * tl.exp2(tl.load(of_tile[:, None] + row[None, :], mask=exists, other=-float("inf")) - top[None, :])
+            importance *= factor[None, :]
             for token in tl.static_range(TOKENS):
-                of_token = tl.sum(tl.where((row // G == token)[None, None, :], importance, 0.0), 2)
+                of_token = tl.sum(tl.where((row // G == token)[None, :], importance, 0.0), 1)
                 target = scores_ptr + ((sequence.to(tl.int64) * TOKENS + token) * heads + head) * blocks
-                tl.store(target + candidate, of_token, mask=candidate <= last)
+                tl.store(target + block, of_token, mask=block <= last)
         tl.debug_barrier()  # the whole row is read by every thread
         for token in range(TOKENS):
             at = (sequence.to(tl.int64) * TOKENS + token) * heads + head
@@ -476,18 +464,16 @@ _dense = Launcher(
         "LEAST": _LEAST,
         "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
-        "GROUPS_OF_TILE": 8,
-        "TILES": 8,
-        "STAGES": 5,
+        "STAGES": 4,
     },
     num_warps=_WARPS,
-    num_stages=5,
+    num_stages=4,
     maxnreg=None,
 )
 
 
 def decode_dense_fwd(
-    q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale
+    q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, toindices, max_seqlen, scale
 ):
     """Attention of a few new tokens to compressed tokens (paper eq. 8) and the window, as partial results, and the blocks they choose
     (eqs. 9-11).
@@ -500,7 +486,7 @@ def decode_dense_fwd(
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
         arrived: [at least S * Hkv] int32, 0; left so.
-        block_indices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
+        toindices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
         max_seqlen: no sequence is longer.
 
     Returns:
@@ -523,7 +509,7 @@ def decode_dense_fwd(
     resident = width <= 1024 * _WARPS
     _dense(
         (heads, sequences, parts),
-        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
+        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, toindices, arrived,
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip

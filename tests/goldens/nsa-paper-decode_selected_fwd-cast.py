@@ -14,16 +14,12 @@ from nsa_gen.launch import Launcher
 
 
 @triton.jit
-def load_page_rows(
-    pages_ptr, table_ptr, row0, last, head, heads, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
-):
-    """[ROWS, D_PAD] from row0 on, a multiple of ROWS, which divides PAGE: rows in one page. 0 from row `last` on and past column D."""
-    page = tl.load(table_ptr + row0 // PAGE).to(tl.int64)
+def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """[ROWS, D_PAD] from a row of all pages on, in one page. 0 from `count` rows on and past column D."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PAD)[None, :]
-    base = pages_ptr + ((page * heads + head) * PAGE + row0 % PAGE) * D
-    inside = (row < last - row0) & (column < D) if D_PAD > D else row < last - row0
-    return tl.load(base + row * D + column, mask=inside, other=0.0)
+    inside = (row < count) & (column < D) if D_PAD > D else row < count
+    return tl.load(pages_ptr + row0 * D + row * D + column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -143,13 +139,16 @@ def decode_selected_fwd_kernel(
     table = table_ptr + slot.to(tl.int64) * max_pages
     slots = tl.arange(0, SLOTS)
     indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
+    # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
+    page = tl.load(table + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
+    rows = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
     chosen = tl.sum((indices >= 0).to(tl.int32), 0)
     each = (chosen + pieces - 1) // pieces
     for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=STAGES):
-        block = tl.sum(tl.where(slots == i, indices, 0), 0)
-        key0 = block * SELECTED
-        k = load_page_rows(k_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_QK, DQ).to(q.dtype)
-        v = load_page_rows(v_ptr, table, key0, length, head, heads, SELECTED, PAGE, D_V, DV)
+        key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
+        row0 = tl.sum(tl.where(slots == i, rows, 0), 0)
+        k = load_rows(k_ptr, row0, length - key0, SELECTED, D_QK, DQ).to(q.dtype)
+        v = load_rows(v_ptr, row0, length - key0, SELECTED, D_V, DV)
         seen = key0 + inner <= position
         top, total, weights, old, _, _ = attend(q, k, seen[None, :], top, total, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
