@@ -103,7 +103,7 @@ def measure(
 
 
 def streamed(fn: Callable[[], object], *, calls: int = 50, samples: int = 9) -> Timing:
-    """Time a call of ``fn`` where ``calls`` of them are launched one after the other and none is waited for, as a model without graphs does.
+    """Time a call of ``fn`` where ``calls`` of them are launched one after the other and none is waited for: as without graphs.
 
     The longer one of host and device time, then: neither hides, and what a call leaves in L2 the next one finds.
 
