@@ -245,9 +245,10 @@ def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 
 @triton.jit
-def attend(q, k, seen, top, total, qk_scale):
-    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], the weights of the tile's values [M, N] and of what was
-    added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has top -inf."""
+def attend(q, k, seen, top, totals, qk_scale):
+    """One tile of keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of the tile's values
+    [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has
+    top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
@@ -255,7 +256,8 @@ def attend(q, k, seen, top, total, qk_scale):
     new_top = tl.maximum(top, tile_top)
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
-    return new_top, total * old + tl.sum(prob, 1) * new, (prob * new[:, None]).to(q.dtype), old, prob, tile_top
+    weights = prob * new[:, None]
+    return new_top, totals * old[:, None] + weights, weights.to(q.dtype), old, prob, tile_top
 
 
 @triton.jit
@@ -322,6 +324,7 @@ def decode_dense_fwd_kernel(
     SELECTED: tl.constexpr,
     UNITS: tl.constexpr,
     LAGS: tl.constexpr,
+    PLANES: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -362,14 +365,15 @@ def decode_dense_fwd_kernel(
     if k_scale_ptr is not None:
         qk_scale *= tl.load(k_scale_ptr + sliding.to(tl.int32) * heads + head)
     top = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    totals = tl.zeros([M, BLOCK_N], tl.float32)
     o = tl.zeros([M, DV], tl.float32)
     first = tl.where(sliding, tl.maximum(length - TOKENS - WINDOW + 1, 0) // BLOCK_N, 0)
     used = (keys + BLOCK_N - 1) // BLOCK_N
     each = (used - first + sharing - 1) // sharing
     begin = first + tl.where(sliding, part - splits, part) * each
-    unit = tl.arange(0, UNITS)[None, None, :]
-    group = tl.arange(0, BLOCK_N // UNITS)
+    group = tl.arange(0, BLOCK_N // UNITS)[:, None]
+    lag = tl.arange(0, PLANES)[None, :]
+    count = weight(tl.arange(0, UNITS)[None, :] - tl.arange(0, PLANES)[:, None] * UNITS, UNITS, BLOCK // STRIDE)
     sums = sums_ptr + here * (LAGS * M) * blocks
     tops = tops_ptr + here * M * tiles
     end = tl.minimum(begin + each, used)
@@ -383,21 +387,20 @@ def decode_dense_fwd_kernel(
         v = load_rows(v_ptr, row0, keys - key0, BLOCK_N, D_V, DV)
         key = (key0 + tl.arange(0, BLOCK_N))[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
-        top, total, weights, old, prob, tile_top = attend(q, k, seen, top, total, qk_scale)
+        top, totals, weights, old, prob, tile_top = attend(q, k, seen, top, totals, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
         tl.store(tops + tile * M + row, tile_top, mask=(row < M) & (part < splits))
-        prob = tl.reshape(prob, [M, BLOCK_N // UNITS, UNITS])
-        for lag in tl.static_range(LAGS):
-            count = weight(unit - lag * UNITS, UNITS, BLOCK // STRIDE)
-            to = tile * (BLOCK_N // UNITS) + group + lag
-            fits = ((to < blocks) & (part < splits))[None, :]
-            tl.store(sums + (lag * blocks + to)[None, :] * M + row[:, None], tl.sum(prob * count, 2), mask=fits)
+        # All lags in one store: each takes a change of layout, in which warps wait for each other.
+        given = tl.sum(tl.reshape(prob, [M, BLOCK_N // UNITS, 1, UNITS]) * count, 3)
+        to = tile * (BLOCK_N // UNITS) + group + lag
+        fits = (lag < LAGS) & (to < blocks) & (part < splits)
+        tl.store(sums + ((lag * blocks + to) * M)[None] + row[:, None, None], given, mask=fits[None])
 
     column = tl.arange(0, DV)
     place = here * parts + part
     tl.store(part_ptr + (place * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
     tl.store(stat_ptr + place * (2 * M) + row, top)
-    tl.store(stat_ptr + place * (2 * M) + M + row, total)
+    tl.store(stat_ptr + place * (2 * M) + M + row, tl.sum(totals, 1))
     if part >= splits:
         return
     if last_to_arrive(arrived_ptr + here, splits):
@@ -412,11 +415,11 @@ def decode_dense_fwd_kernel(
         for block0 in range(0, last + 1, 128):
             block = block0 + tl.arange(0, 128)
             importance = tl.zeros([128, M], tl.float32)
-            for lag in tl.static_range(LAGS):
+            for back in tl.static_range(LAGS):
                 # All in one layout, tops loaded block by block: nothing but memory is waited for, and once for all lags.
-                exists = ((block >= lag) & (block <= last) & (block - lag < used * (BLOCK_N // UNITS)))[:, None]
-                given = tl.load(sums + (lag * blocks + block)[:, None] * M + row[None, :], mask=exists, other=0.0)
-                of_tile = tops + (block - lag) * UNITS // BLOCK_N * M
+                exists = ((block >= back) & (block <= last) & (block - back < used * (BLOCK_N // UNITS)))[:, None]
+                given = tl.load(sums + (back * blocks + block)[:, None] * M + row[None, :], mask=exists, other=0.0)
+                of_tile = tops + (block - back) * UNITS // BLOCK_N * M
                 importance += given * tl.exp2(tl.load(of_tile[:, None] + row[None, :], mask=exists, other=-float("inf")) - top[None, :])
             importance *= factor[None, :]
             for token in tl.static_range(TOKENS):
@@ -455,6 +458,7 @@ _dense = Launcher(
         "SELECTED": _BLOCK,
         "UNITS": _UNITS,
         "LAGS": _LAGS,
+        "PLANES": 2,
         "COUNT": 16,
         "SLOTS": 16,
         "INITIAL": 1,

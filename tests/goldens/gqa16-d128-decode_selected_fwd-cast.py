@@ -23,9 +23,10 @@ def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 
 @triton.jit
-def attend(q, k, seen, top, total, qk_scale):
-    """One tile of keys into a running softmax: (top [M] log2 domain, total [M], the weights of the tile's values [M, N] and of what was
-    added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has top -inf."""
+def attend(q, k, seen, top, totals, qk_scale):
+    """One tile of keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of the tile's values
+    [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has
+    top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
@@ -33,7 +34,8 @@ def attend(q, k, seen, top, total, qk_scale):
     new_top = tl.maximum(top, tile_top)
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
-    return new_top, total * old + tl.sum(prob, 1) * new, (prob * new[:, None]).to(q.dtype), old, prob, tile_top
+    weights = prob * new[:, None]
+    return new_top, totals * old[:, None] + weights, weights.to(q.dtype), old, prob, tile_top
 
 
 @triton.jit
@@ -132,7 +134,7 @@ def decode_selected_fwd_kernel(
     if k_scale_ptr is not None:
         qk_scale *= tl.load(k_scale_ptr + head)
     top = tl.full([G_PAD], -float("inf"), tl.float32)
-    total = tl.zeros([G_PAD], tl.float32)
+    totals = tl.zeros([G_PAD, SELECTED], tl.float32)
     o = tl.zeros([G_PAD, DV], tl.float32)
     here = (sequence.to(tl.int64) * TOKENS + token) * heads + head
     inner = tl.arange(0, SELECTED)
@@ -150,7 +152,7 @@ def decode_selected_fwd_kernel(
         k = load_rows(k_ptr, row0, length - key0, SELECTED, D_QK, DQ).to(q.dtype)
         v = load_rows(v_ptr, row0, length - key0, SELECTED, D_V, DV)
         seen = key0 + inner <= position
-        top, total, weights, old, _, _ = attend(q, k, seen[None, :], top, total, qk_scale)
+        top, totals, weights, old, _, _ = attend(q, k, seen[None, :], top, totals, qk_scale)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
     column = tl.arange(0, DV)
     inside = valid[:, None] & (column < D_V)[None, :]
@@ -171,6 +173,7 @@ def decode_selected_fwd_kernel(
         weight = tl.exp2(tl.load(stats + i * (2 * M) + rows) - tl.where(i < splits, cmp_top, swa_top))
         others += given * (weight * tl.where(i < splits, cmp_factor, swa_factor))[:, None]
 
+    total = tl.sum(totals, 1)
     last = pieces == 1
     if pieces > 1:
         of_piece = part_ptr + (here * pieces + piece) * (2 * G_PAD * D_V) + member[:, None] * D_V + column[None, :]
