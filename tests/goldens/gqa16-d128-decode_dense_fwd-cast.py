@@ -245,19 +245,18 @@ def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 
 @triton.jit
-def attend(q, k, seen, top, totals, qk_scale):
-    """One tile of keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of the tile's values
+def attend(products, seen, top, totals, qk_scale, dtype: tl.constexpr):
+    """A tile's products of queries and keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of the tile's values
     [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has
     top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-    scores = tl.where(seen, scores, -float("inf"))
+    scores = tl.where(seen, products * qk_scale, -float("inf"))
     tile_top = tl.max(scores, 1)
     prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
     new_top = tl.maximum(top, tile_top)
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
     weights = prob * new[:, None]
-    return new_top, totals * old[:, None] + weights, weights.to(q.dtype), old, prob, tile_top
+    return new_top, totals * old[:, None] + weights, weights.to(dtype), old, prob, tile_top
 
 
 @triton.jit
@@ -383,11 +382,12 @@ def decode_dense_fwd_kernel(
         key0 = tile * BLOCK_N
         row0 = (page.to(tl.int64) * heads + head) * PAGE + key0 % PAGE
         page = tl.load(table + (key0 + BLOCK_N) // PAGE, mask=tile + 1 < end, other=0)
-        k = load_rows(k_ptr, row0, keys - key0, BLOCK_N, D_QK, DQ).to(q.dtype)
+        k = load_rows(k_ptr, row0, keys - key0, BLOCK_N, D_QK, DQ)
         v = load_rows(v_ptr, row0, keys - key0, BLOCK_N, D_V, DV)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = (key0 + tl.arange(0, BLOCK_N))[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
-        top, totals, weights, old, prob, tile_top = attend(q, k, seen, top, totals, qk_scale)
+        top, totals, weights, old, prob, tile_top = attend(products, seen, top, totals, qk_scale, q.dtype)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
         tl.store(tops + tile * M + row, tile_top, mask=(row < M) & (part < splits))
         # All lags in one store: each takes a change of layout, in which warps wait for each other.
