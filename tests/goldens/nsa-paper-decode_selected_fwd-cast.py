@@ -24,9 +24,9 @@ def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 @triton.jit
 def attend(products, seen, top, totals, qk_scale, dtype: tl.constexpr):
-    """A tile's products of queries and keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of the tile's values
-    [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen nothing has
-    top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
+    """A tile's products of queries and keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of
+    the tile's values [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen
+    nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
     scores = tl.where(seen, products * qk_scale, -float("inf"))
     tile_top = tl.max(scores, 1)
     prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
