@@ -142,12 +142,12 @@ def decode_selected_fwd_kernel(
     indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
     # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
     page = tl.load(table + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
-    rows = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
+    row_of = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
     chosen = tl.sum((indices >= 0).to(tl.int32), 0)
     each = (chosen + pieces - 1) // pieces
     for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=STAGES):
         key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
-        row0 = tl.sum(tl.where(slots == i, rows, 0), 0)
+        row0 = tl.sum(tl.where(slots == i, row_of, 0), 0)
         k = load_rows(k_ptr, row0, length - key0, SELECTED, D_QK, DQ)
         v = load_rows(v_ptr, row0, length - key0, SELECTED, D_V, DV)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
