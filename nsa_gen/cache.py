@@ -133,7 +133,8 @@ class PagedKVCache:
         made = {"dtype": torch.int32, "device": self.device}
         self.tables = torch.zeros(len(streams), max_sequences, -(-max_seqlen // page_size), **made)
         self.lengths = torch.zeros(max_sequences, **made)
-        self._places_of: dict[Any, Places] = {}
+        #: What the device was told of sequences, for the other layers: slots, and places of rows. Until sequences change.
+        self._told: dict[Any, Any] = {}
         self.arrived = torch.zeros(max_sequences * heads * MOST_TOKENS, **made)
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class PagedKVCache:
             UnknownSequence, InputError: as for :meth:`fork`.
         """
         self._pages.truncate(sequence, tokens)
-        self._places_of.clear()
+        self._told.clear()
         self._set_lengths([sequence])
 
     def free(self, *sequences: int) -> None:
@@ -179,7 +180,7 @@ class PagedKVCache:
         """
         slots = [self._pages.find(sequence).slot for sequence in sequences]
         self._pages.drop(sequences)
-        self._places_of.clear()
+        self._told.clear()
         self.lengths[torch.tensor(slots, device=self.device)] = 0  # where a graph still has the slot, it writes nothing
 
     def length(self, sequence: int) -> int:
@@ -304,14 +305,17 @@ class PagedKVCache:
     # --- parts -------------------------------------------------------------------------------------------------------------------
 
     def _extend(self, more: Mapping[int, int]) -> None:
-        self._places_of.clear()
+        self._told.clear()
         self._apply(self._pages.extend(more))
         self._set_lengths(list(more))
 
     def _fill(self, given: list[tuple[Tensor, Tensor]], more: Mapping[int, int], layer: int) -> None:
         """Store the last tokens of sequences, so many of each, and what they complete."""
         if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
-            self._fill_few(given, self.slots(list(more)), layer)
+            known = self._told.get(tuple(more))
+            if known is None:
+                known = self._told[tuple(more)] = self.slots(list(more))
+            self._fill_few(given, known, layer)
             return
         before = {sequence: self.length(sequence) - count for sequence, count in more.items()}
         for stream, (x, y) in enumerate(given):
@@ -389,7 +393,8 @@ class PagedKVCache:
 
     def _places(self, stream: int, spans: Sequence[tuple[int, int, int]]) -> Places:
         """Page and row in it of rows ``first`` to ``last`` of some sequences, one after the other; the same for every layer."""
-        known = self._places_of.get((stream, *spans))
+        spans = tuple(spans)
+        known: Places | None = self._told.get((stream, spans))
         if known is not None:
             return known
         pages, offsets = [], []
@@ -404,7 +409,7 @@ class PagedKVCache:
             pages.append(np.array(of_rows, dtype=np.int64)[index - low])
             offsets.append(row % self.page_size)
         made = torch.from_numpy(np.stack([np.concatenate(pages), np.concatenate(offsets)])).to(self.device)
-        found = self._places_of[(stream, *spans)] = made[0], made[1]
+        found = self._told[stream, spans] = made[0], made[1]
         return found
 
     def _write(self, stream: int, spans: Sequence[tuple[int, int, int]], k: Tensor, v: Tensor, layer: int) -> None:
