@@ -109,7 +109,7 @@ def test_forced_blocks(initial, local, count):
 
 
 @runs
-@pytest.mark.parametrize("changes", [{"LEAST": 8}, {"LEAST": 1}, {"BLOCK_N": 32}, {"BLOCK_B": 64, "num_stages": 3}])
+@pytest.mark.parametrize("changes", [{"LEAST": 8}, {"LEAST": 1}, {"BLOCK_N": 32}, {"BLOCK_B": 64, "num_stages": 3, "keep_sums": True}])
 def test_splits_and_tiles_do_not_change_the_result(changes):
     p = problem("decode_dense_fwd", page_size=32, tokens=2)
     one, other = (held(p, built(p, **{"LEAST": 2} | more), (260, 30, 2)) for more in ({}, changes))

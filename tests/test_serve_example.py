@@ -31,13 +31,16 @@ VOCABULARY = 64
 FEW = (
     Config.of(
         "decode_dense_fwd",
-        {"BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1, "maxnreg": None, "unpack": "cast"},
+        {
+            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "keep_sums": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
+            "unpack": "cast",
+        },
     ),
     Config.of(
         "decode_selected_fwd",
         {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None, "unpack": "cast"},
     ),
-)
+)  # fmt: skip
 
 
 class Steps(Clock):

@@ -18,13 +18,16 @@ GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "w
 FEW = (
     Config.of(
         "decode_dense_fwd",
-        {"BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "num_warps": 4, "num_stages": 1, "maxnreg": None, "unpack": "cast"},
+        {
+            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "keep_sums": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
+            "unpack": "cast",
+        },
     ),
     Config.of(
         "decode_selected_fwd",
         {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None, "unpack": "cast"},
     ),
-)
+)  # fmt: skip
 
 
 class Stream:

@@ -16,10 +16,11 @@ SPACES["decode_dense_fwd"] = Space(
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
         Knob("BLOCK_B", (16, 32, 64, 128, 256)),  # blocks at a time, when importance is put together
+        Knob("keep_sums", (False, True)),  # in L2, before keys and values, until importance is put together
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
         Knob("maxnreg", (None, 128, 168)),
-        Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
+        Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
     ),
     defaults={
         "": lambda p: _dense(p, 32),
@@ -122,8 +123,8 @@ def _dense(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 else 4
     return {
-        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "num_warps": warps, "num_stages": _stages(p, tile, room),
-        "maxnreg": None, "unpack": "cast",
+        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "keep_sums": False, "num_warps": warps,
+        "num_stages": _stages(p, tile, room), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
 

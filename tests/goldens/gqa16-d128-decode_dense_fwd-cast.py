@@ -2,7 +2,7 @@
 
 problem e99a65830c43: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 page_size=64 tokens=1
-config  56c51eb750e7: BLOCK_B=128 BLOCK_N=64 LEAST=4 PROGRAMS=256 maxnreg=None num_stages=4 num_warps=4 unpack=cast
+config  6f4bf091ca8b: BLOCK_B=128 BLOCK_N=64 LEAST=4 PROGRAMS=256 keep_sums=False maxnreg=None num_stages=4 num_warps=4 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -394,7 +394,8 @@ def decode_dense_fwd_kernel(
         given = tl.sum(tl.reshape(prob, [M, BLOCK_N // UNITS, 1, UNITS]) * count, 3)
         to = tile * (BLOCK_N // UNITS) + group + lag
         fits = (lag < LAGS) & (to < blocks) & (part < splits)
-        tl.store(sums + ((lag * blocks + to) * M)[None] + row[:, None, None], given, mask=fits[None])
+        place = sums + ((lag * blocks + to) * M)[None] + row[:, None, None]
+        tl.store(place, given, mask=fits[None], eviction_policy="")
 
     column = tl.arange(0, DV)
     place = here * parts + part
