@@ -282,7 +282,7 @@ def _decoded(spec: Spec, cached: Cached, shape: TuneShape, rounds: int, copy_tb_
         result["entries"].append(
             {
                 "name": bench_decode.EAGER,
-                "note": "",
+                "note": "one of many in a row, launches included, L2 as they leave it",
                 "peak_mib": 0.0,
                 "p20_ms": timed.p20,
                 "median_ms": timed.median_ms,

@@ -247,9 +247,12 @@ class PagedKVCache:
             sequences, k, v, tokens: as for :meth:`append`. Where K and V are per branch, the tokens must be those of the last ``reserve``.
 
         Raises:
-            UnknownSequence, InputError: as for :meth:`append`; or a sequence has not so many tokens, or there is no such layer.
+            UnknownSequence, InputError: as for :meth:`append`; or a sequence has not so many tokens, or there is no such layer, or a CUDA
+                graph is being captured.
         """
         self.layer(layer)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise InputError("fill cannot be captured in a CUDA graph: the host says where its rows go; write can")
         given = self._given(k, v)
         more = self.counts(sequences, given[0][0].shape[0], tokens)
         for sequence, count in more.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import textwrap
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def render(problem: Problem, config: Config, *, standalone: bool = False, debug:
         "main_dim": main_dim,
         "tail_dim": tail_dim,
         "next_power_of_two": next_power_of_two,
+        "gcd": math.gcd,
         "overlap_weights": overlap_weights,
     }
     try:

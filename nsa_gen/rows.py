@@ -45,7 +45,7 @@ class Rows:
         g, self.layers, self.dtype, self.storage, self.device = geometry, layers, dtype, storage, device
         shape = layers, pages, heads, page_size
         self.k_pages, self.v_pages = (torch.zeros(*shape, dim, dtype=storage, device=device) for dim in (g.qk, g.v))
-        self._layers = list(zip(self.k_pages, self.v_pages, strict=True))
+        self._layers = [(self.k_pages[i], self.v_pages[i]) for i in range(layers)]
         self.k_scale, self.v_scale = (
             _scale(name, scale, (layers, len(streams), heads), streams, device)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
@@ -57,11 +57,12 @@ class Rows:
         selected, sliding, compressed = decode.STREAMS[len(streams)]
         #: What stored K and V are multiplied by, by layer; nothing where nothing is scaled.
         self.stored_scales: list[tuple[Tensor, ...]] = [
-            () if storage is dtype else (self.k_scale[layer], self.v_scale[layer]) for layer in range(layers)
+            () if storage is dtype else (self.k_scale[layer].clone(), self.v_scale[layer].clone()) for layer in range(layers)
         ]
         #: What decoding multiplies by, by layer: compressed and sliding K, selected K, all of V; nothing where nothing is scaled.
         self.scales: list[tuple[Tensor, ...]] = [() if storage is dtype else (
-            self.k_scale[layer, [compressed, sliding]], self.k_scale[layer, selected], self.v_scale[layer, [compressed, selected, sliding]],
+            self.k_scale[layer, [compressed, sliding]], self.k_scale[layer, selected].clone(),
+            self.v_scale[layer, [compressed, selected, sliding]],
         ) for layer in range(layers)]  # fmt: skip
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,7 @@ class Rows:
             raise InputError(f"layer must be 0 to {self.layers - 1}, got {layer!r}")
         return self._layers[layer]
 
+    @torch.no_grad()
     def put(self, layer: int, stream: int, places: Places, k: Tensor, v: Tensor) -> None:
         """Store rows ``[rows,Hkv,D]``."""
         page, row = places

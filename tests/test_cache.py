@@ -391,6 +391,24 @@ def test_a_freed_slot_writes_nothing():
     assert torch.equal(made.k_pages, before)
 
 
+def test_rows_may_want_gradients_and_get_none():
+    made = cache()
+    s = made.create()
+    k, v = tokens(20)
+    made.append([s], k.requires_grad_(), v)
+    assert not made.k_pages.requires_grad and torch.equal(made.read(s)[0], k.detach())
+
+
+def test_what_the_host_places_is_not_captured(monkeypatch):
+    made = cache()
+    s = made.create()
+    made.reserve([s], 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(InputError, match=r"fill cannot be captured.*write can"):
+        made.fill([s], *tokens(3))
+
+
 def test_only_fresh_rows_are_filled():
     made = cache()
     s = made.create()

@@ -209,7 +209,9 @@ from nsa_gen import device, inputs, loader, space
 arch = sys.argv[1]
 there, found = device.from_name(arch), []
 for kernel in ("decode_dense_fwd", "decode_selected_fwd"):
-    for changes in ({}, {"storage": FP8}, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}) if arch == "sm_90" else ({},):
+    wide = {"head_dim_qk": 256, "head_dim_v": 256, "selection_block": 128, "page_size": 128}
+    few = {"storage": FP8, "head_dim_qk": 16, "head_dim_v": 16}
+    for changes in ({}, {"storage": FP8}, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}, few, wide) if arch == "sm_90" else ({},):
         key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16, "selection_block": 64}
         p = problem(kernel, **{**key, "count": 16, "local": 2, "window": 512, "page_size": 64, **changes})
         case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")

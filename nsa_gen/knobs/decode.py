@@ -39,7 +39,7 @@ SPACES["decode_selected_fwd"] = Space(
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
         Knob("maxnreg", (None, 128, 168)),
-        Knob("unpack", ("cast", "asm")),  # of fp8 values, and "asm" of NVIDIA GPUs
+        Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
     ),
     defaults={
         "": lambda p: _selected(p),
@@ -47,7 +47,7 @@ SPACES["decode_selected_fwd"] = Space(
         "sm_90": lambda p: _selected(p, room=98304) | {"unpack": _unpack(p)},
         "sm_100": lambda p: _selected(p, room=98304) | {"unpack": _unpack(p)},
     },
-    safe=lambda p: _selected(p) | {"num_stages": 1, "sum_stages": 1, "num_warps": 8 if _large(p) else 4},
+    safe=lambda p: _selected(p) | {"num_stages": 1, "sum_stages": 1},
     illegal=lambda p, c: (
         f"{c.LEAST} of {p.count} blocks" if p.count < c.LEAST
         else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
@@ -58,15 +58,16 @@ SPACES["decode_selected_fwd"] = Space(
 
 def _selected(p: Problem, room: int = 65536) -> dict[str, Value]:
     return {
-        "PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 4, "num_stages": _stages(p, p.selection_block, room),
-        "maxnreg": None, "unpack": "cast",
+        "PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 8 if _large(p) else 4,
+        "num_stages": _stages(p, p.selection_block, room), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
 
 def _stages(p: Problem, rows: int, room: int) -> int:
-    """As many as ``room`` bytes of shared memory have tiles of ``rows`` keys for, two at least: then one comes while one is worked on."""
+    """As many as ``room`` bytes of shared memory have tiles of ``rows`` keys for. Where memory is large there are two in any case that has
+    room for them: then one comes while one is worked on."""
     tile = rows * 2 * _padded(p) * (1 if p.storage == FP8 else 4 if p.dtype == "float32" else 2)
-    return min(max(room // tile, 2 if room > 65536 else 1), 6) + 1
+    return min(max(room // tile, 2 if room > 65536 and tile <= 98304 else 1), 6) + 1
 
 
 _PROJECT = {"body": ("project",)}
@@ -121,7 +122,7 @@ def _dense(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     if p.dtype == "float32" or _padded(p) > 128:
         tile = min(tile, 32)
     tile = max(min(tile, p.page_size), units, 16)
-    blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 else 4
+    blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "keep_sums": False, "num_warps": warps,
         "num_stages": _stages(p, tile, room), "maxnreg": None, "unpack": "cast",
@@ -146,4 +147,4 @@ def _unpack(p: Problem) -> str:
 
 
 def _unpack_fault(p: Problem, c: Config) -> str | None:
-    return "only values in fp8 are unpacked" if c.unpack == "asm" and p.storage != FP8 else None
+    return "only fp8 is unpacked" if c.unpack == "asm" and p.storage != FP8 else None

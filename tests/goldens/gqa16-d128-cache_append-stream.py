@@ -89,6 +89,7 @@ def compress_row(
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    STRETCH: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -99,17 +100,20 @@ def compress_row(
     column = tl.arange(0, D_PAD)
     first = row * STRIDE
     acc = tl.zeros([D_PAD], tl.float32)
-    # In the order of compress_fwd, and all that is held loaded at once: one after the other the tokens would each wait for memory.
-    for i in tl.static_range(BLOCK):
-        if i % STRIDE == 0:  # a page holds a multiple of STRIDE rows
-            held = pages_ptr + row_of(tokens_ptr, first + i, head, heads, PAGE, D) + column
-        x = load_held(held + i % STRIDE * D, (column < D) & (first + i < old), scale, x_ptr.dtype.element_ty)
-        if i >= BLOCK - TOKENS:  # the others were there before
-            inside = (column < D) & (first + i >= old)
-            new = load_new(x_ptr, (first + i - old) * stride_t + column, inside, scale, pages_ptr.dtype.element_ty)
-            x = tl.where(first + i < old, x, new)
-        x = x.to(tl.float32)
-        acc += x
+    # In the order of compress_fwd, and a stretch that is held loaded at once: one after the other the tokens would each wait for memory.
+    for begin in range(0, BLOCK, STRETCH):
+        for i in tl.static_range(STRETCH):
+            position = first + begin + i
+            if i % (STRIDE if STRIDE < STRETCH else STRETCH) == 0:  # a page holds a multiple of STRIDE rows
+                held = pages_ptr + row_of(tokens_ptr, position, head, heads, PAGE, D) + column
+            inside = (column < D) & (position < old)
+            x = load_held(held + i % (STRIDE if STRIDE < STRETCH else STRETCH) * D, inside, scale, x_ptr.dtype.element_ty)
+            if i >= STRETCH - TOKENS:  # a block that is completed ends in at most TOKENS new ones
+                inside = (column < D) & (position >= old)
+                new = load_new(x_ptr, (position - old) * stride_t + column, inside, scale, pages_ptr.dtype.element_ty)
+                x = tl.where(position < old, x, new)
+            x = x.to(tl.float32)
+            acc += x
     acc *= 1.0 / BLOCK
     x = acc.to(x_ptr.dtype.element_ty)
     store_row(pages_ptr, row_of(rows_ptr, row, head, heads, PAGE, D), column, x, cmp_scale, D)
@@ -156,6 +160,7 @@ def cache_append_kernel(
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    STRETCH: tl.constexpr,
     HIDDEN_K: tl.constexpr,
     HIDDEN_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,12 +205,12 @@ def cache_append_kernel(
             if (job - (STREAMS - 1)) % 2 == 0:
                 compress_row(
                     k_ptr + k_rows, k_pages_ptr, tables, rows, k_scale, cmp_k_scale, wk0_ptr, wk1_ptr, wk2_ptr, wk3_ptr, wk4_ptr, row, old,
-                    head, heads, stride_kt, TOKENS, PAGE, D_QK, DQ, BLOCK, STRIDE, HIDDEN_K, BLOCK_K, BLOCK_U,
+                    head, heads, stride_kt, TOKENS, PAGE, D_QK, DQ, BLOCK, STRIDE, STRETCH, HIDDEN_K, BLOCK_K, BLOCK_U,
                 )  # fmt: skip
             else:
                 compress_row(
                     v_ptr + v_rows, v_pages_ptr, tables, rows, v_scale, cmp_v_scale, wv0_ptr, wv1_ptr, wv2_ptr, wv3_ptr, wv4_ptr, row, old,
-                    head, heads, stride_vt, TOKENS, PAGE, D_V, DV, BLOCK, STRIDE, HIDDEN_V, BLOCK_K, BLOCK_U,
+                    head, heads, stride_vt, TOKENS, PAGE, D_V, DV, BLOCK, STRIDE, STRETCH, HIDDEN_V, BLOCK_K, BLOCK_U,
                 )  # fmt: skip
 
 
@@ -223,6 +228,7 @@ _append = Launcher(
         "DV": 128,
         "BLOCK": 32,
         "STRIDE": 16,
+        "STRETCH": 32,
         "HIDDEN_K": 0,
         "HIDDEN_V": 0,
         "BLOCK_K": 16,

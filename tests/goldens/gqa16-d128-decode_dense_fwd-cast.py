@@ -237,7 +237,8 @@ def weight(unit, PER_BLOCK: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """[ROWS, D_PAD] from a row of all pages on, in one page. 0 from `count` rows on and past column D."""
+    """[ROWS, D_PAD] from row0 on, counted over the rows of all pages and heads, which are D long; in one page. 0 from `count` rows on, and
+    past column D."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PAD)[None, :]
     inside = (row < count) & (column < D) if D_PAD > D else row < count
@@ -389,7 +390,7 @@ def decode_dense_fwd_kernel(
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
         top, totals, weights, old, prob, tile_top = attend(products, seen, top, totals, qk_scale, q.dtype)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
-        tl.store(tops + tile * M + row, tile_top, mask=(row < M) & (part < splits))
+        tl.store(tops + tile * M + row, tile_top, mask=part < splits)
         # All lags in one store: each takes a change of layout, in which warps wait for each other.
         given = tl.sum(tl.reshape(prob, [M, BLOCK_N // UNITS, 1, UNITS]) * count, 3)
         to = tile * (BLOCK_N // UNITS) + group + lag
@@ -478,7 +479,7 @@ _dense = Launcher(
 
 
 def decode_dense_fwd(
-    q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, toindices, max_seqlen, scale
+    q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale
 ):
     """Attention of a few new tokens to compressed tokens (paper eq. 8) and the window, as partial results, and the blocks they choose
     (eqs. 9-11).
@@ -491,7 +492,7 @@ def decode_dense_fwd(
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
         arrived: [at least S * Hkv] int32, 0; left so.
-        toindices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
+        block_indices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
         max_seqlen: no sequence is longer.
 
     Returns:
@@ -514,7 +515,7 @@ def decode_dense_fwd(
     resident = width <= 1024 * _WARPS
     _dense(
         (heads, sequences, parts),
-        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, toindices, arrived,
+        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip

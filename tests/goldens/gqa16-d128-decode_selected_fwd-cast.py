@@ -15,7 +15,8 @@ from nsa_gen.launch import Launcher
 
 @triton.jit
 def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """[ROWS, D_PAD] from a row of all pages on, in one page. 0 from `count` rows on and past column D."""
+    """[ROWS, D_PAD] from row0 on, counted over the rows of all pages and heads, which are D long; in one page. 0 from `count` rows on, and
+    past column D."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PAD)[None, :]
     inside = (row < count) & (column < D) if D_PAD > D else row < count

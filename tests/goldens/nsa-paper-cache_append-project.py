@@ -89,6 +89,7 @@ def compress_row(
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    STRETCH: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -163,6 +164,7 @@ def cache_append_kernel(
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    STRETCH: tl.constexpr,
     HIDDEN_K: tl.constexpr,
     HIDDEN_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -207,12 +209,12 @@ def cache_append_kernel(
             if (job - (STREAMS - 1)) % 2 == 0:
                 compress_row(
                     k_ptr + k_rows, k_pages_ptr, tables, rows, k_scale, cmp_k_scale, wk0_ptr, wk1_ptr, wk2_ptr, wk3_ptr, wk4_ptr, row, old,
-                    head, heads, stride_kt, TOKENS, PAGE, D_QK, DQ, BLOCK, STRIDE, HIDDEN_K, BLOCK_K, BLOCK_U,
+                    head, heads, stride_kt, TOKENS, PAGE, D_QK, DQ, BLOCK, STRIDE, STRETCH, HIDDEN_K, BLOCK_K, BLOCK_U,
                 )  # fmt: skip
             else:
                 compress_row(
                     v_ptr + v_rows, v_pages_ptr, tables, rows, v_scale, cmp_v_scale, wv0_ptr, wv1_ptr, wv2_ptr, wv3_ptr, wv4_ptr, row, old,
-                    head, heads, stride_vt, TOKENS, PAGE, D_V, DV, BLOCK, STRIDE, HIDDEN_V, BLOCK_K, BLOCK_U,
+                    head, heads, stride_vt, TOKENS, PAGE, D_V, DV, BLOCK, STRIDE, STRETCH, HIDDEN_V, BLOCK_K, BLOCK_U,
                 )  # fmt: skip
 
 
@@ -230,6 +232,7 @@ _append = Launcher(
         "DV": 128,
         "BLOCK": 32,
         "STRIDE": 16,
+        "STRETCH": 32,
         "HIDDEN_K": 192,
         "HIDDEN_V": 128,
         "BLOCK_K": 32,

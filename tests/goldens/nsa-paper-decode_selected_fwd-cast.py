@@ -2,7 +2,7 @@
 
 problem 722c754c6978: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 selection_block=64 count=16 page_size=64
     tokens=1
-config  923458e8a7cd: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
+config  03af27a6b139: LEAST=2 PROGRAMS=256 maxnreg=None num_stages=3 num_warps=8 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -15,7 +15,8 @@ from nsa_gen.launch import Launcher
 
 @triton.jit
 def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """[ROWS, D_PAD] from a row of all pages on, in one page. 0 from `count` rows on and past column D."""
+    """[ROWS, D_PAD] from row0 on, counted over the rows of all pages and heads, which are D long; in one page. 0 from `count` rows on, and
+    past column D."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PAD)[None, :]
     inside = (row < count) & (column < D) if D_PAD > D else row < count
@@ -224,7 +225,7 @@ _select = Launcher(
         "SLOTS": 16,
         "STAGES": 3,
     },
-    num_warps=4,
+    num_warps=8,
     num_stages=3,
     maxnreg=None,
 )
