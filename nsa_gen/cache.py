@@ -256,10 +256,9 @@ class PagedKVCache:
         given = self._given(k, v)
         more = self.counts(sequences, given[0][0].shape[0], tokens)
         for sequence, count in more.items():
-            if self._pages.find(sequence).fresh < count:
-                raise InputError(
-                    f"{count} tokens for sequence {sequence}: the last reserve made room for {self._pages.find(sequence).fresh}"
-                )
+            fresh = self._pages.find(sequence).fresh
+            if fresh < count:
+                raise InputError(f"{count} tokens for sequence {sequence}: the last reserve made room for {fresh}")
         self._fill(given, more, layer)
 
     def write(self, k: Branches, v: Branches, slots: Tensor, layer: int = 0) -> None:
@@ -315,10 +314,9 @@ class PagedKVCache:
     def _fill(self, given: list[tuple[Tensor, Tensor]], more: Mapping[int, int], layer: int) -> None:
         """Store the last tokens of sequences, so many of each, and what they complete."""
         if len(set(more.values())) == 1 and 1 <= next(iter(more.values())) <= MOST_TOKENS:
-            known = self._told.get(tuple(more))
-            if known is None:
-                known = self._told[tuple(more)] = self.slots(list(more))
-            self._fill_few(given, known, layer)
+            if tuple(more) not in self._told:
+                self._told[tuple(more)] = self.slots(list(more))
+            self._fill_few(given, self._told[tuple(more)], layer)
             return
         before = {sequence: self.length(sequence) - count for sequence, count in more.items()}
         for stream, (x, y) in enumerate(given):

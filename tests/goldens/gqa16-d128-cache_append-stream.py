@@ -101,13 +101,14 @@ def compress_row(
     first = row * STRIDE
     acc = tl.zeros([D_PAD], tl.float32)
     # In the order of compress_fwd, and a stretch that is held loaded at once: one after the other the tokens would each wait for memory.
+    RUN: tl.constexpr = STRIDE if STRIDE < STRETCH else STRETCH  # rows in one page: it holds a multiple of STRIDE
     for begin in range(0, BLOCK, STRETCH):
         for i in tl.static_range(STRETCH):
             position = first + begin + i
-            if i % (STRIDE if STRIDE < STRETCH else STRETCH) == 0:  # a page holds a multiple of STRIDE rows
+            if i % RUN == 0:
                 held = pages_ptr + row_of(tokens_ptr, position, head, heads, PAGE, D) + column
             inside = (column < D) & (position < old)
-            x = load_held(held + i % (STRIDE if STRIDE < STRETCH else STRETCH) * D, inside, scale, x_ptr.dtype.element_ty)
+            x = load_held(held + i % RUN * D, inside, scale, x_ptr.dtype.element_ty)
             if i >= STRETCH - TOKENS:  # a block that is completed ends in at most TOKENS new ones
                 inside = (column < D) & (position >= old)
                 new = load_new(x_ptr, (position - old) * stride_t + column, inside, scale, pages_ptr.dtype.element_ty)

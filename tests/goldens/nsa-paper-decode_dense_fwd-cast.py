@@ -261,18 +261,23 @@ def attend(products, seen, top, totals, qk_scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr):
-    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (top, total). Loaded at once: one
-    after the other they would each wait for memory."""
-    part = first + tl.arange(0, PARTS)
-    there = (part < count)[:, None]
-    stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
-    tops = tl.load(stats, mask=there, other=-float("inf"))
-    totals = tl.load(stats + size, mask=there, other=0.0)
-    new_top = tl.maximum(top, tl.max(tops, 0))
-    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
-    return new_top, total * old + tl.sum(totals * weights, 0)
+def softmax_of(stat_ptr, count, rows, size):
+    """Top and total of `count` partial softmaxes of `size` rows each, for some rows; 0 and 1 where nothing was seen. Sixteen are loaded at
+    once: one after the other they would each wait for memory."""
+    top = tl.full([rows.shape[0]], -float("inf"), tl.float32)
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    for first in range(0, count, 16):
+        part = first + tl.arange(0, 16)
+        there = (part < count)[:, None]
+        stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
+        tops = tl.load(stats, mask=there, other=-float("inf"))
+        totals = tl.load(stats + size, mask=there, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
+        total = total * old + tl.sum(totals * weights, 0)
+        top = new_top
+    return tl.where(top == -float("inf"), 0.0, top), tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
@@ -407,12 +412,8 @@ def decode_dense_fwd_kernel(
         return
     if last_to_arrive(arrived_ptr + here, splits):
         # The softmax of all splits, then each block's probability, summed over the group (eq. 10), token by token.
-        top = tl.full([M], -float("inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        for i in range(0, splits, 16):
-            top, total = together(stat_ptr + here * parts * (2 * M), i, splits, row, M, top, total, 16)
-        top = tl.where(top == -float("inf"), 0.0, top)
-        factor = 1.0 / tl.where(total > 0, total, 1.0)  # where total is 0, so are the sums
+        top, total = softmax_of(stat_ptr + here * parts * (2 * M), splits, row, M)
+        factor = 1.0 / total
         last = (length - 1) // SELECTED
         for block0 in range(0, last + 1, 64):
             block = block0 + tl.arange(0, 64)

@@ -39,18 +39,23 @@ def attend(products, seen, top, totals, qk_scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def together(stat_ptr, first, count, rows, size, top, total, PARTS: tl.constexpr):
-    """PARTS partial softmaxes from `first` on, of `count` with `size` rows each, into that of some rows: (top, total). Loaded at once: one
-    after the other they would each wait for memory."""
-    part = first + tl.arange(0, PARTS)
-    there = (part < count)[:, None]
-    stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
-    tops = tl.load(stats, mask=there, other=-float("inf"))
-    totals = tl.load(stats + size, mask=there, other=0.0)
-    new_top = tl.maximum(top, tl.max(tops, 0))
-    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-    weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
-    return new_top, total * old + tl.sum(totals * weights, 0)
+def softmax_of(stat_ptr, count, rows, size):
+    """Top and total of `count` partial softmaxes of `size` rows each, for some rows; 0 and 1 where nothing was seen. Sixteen are loaded at
+    once: one after the other they would each wait for memory."""
+    top = tl.full([rows.shape[0]], -float("inf"), tl.float32)
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    for first in range(0, count, 16):
+        part = first + tl.arange(0, 16)
+        there = (part < count)[:, None]
+        stats = stat_ptr + (part * (2 * size))[:, None] + rows[None, :]
+        tops = tl.load(stats, mask=there, other=-float("inf"))
+        totals = tl.load(stats + size, mask=there, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights, old = tl.exp2(tops - safe[None, :]), tl.exp2(top - safe)
+        total = total * old + tl.sum(totals * weights, 0)
+        top = new_top
+    return tl.where(top == -float("inf"), 0.0, top), tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
@@ -62,16 +67,6 @@ def last_to_arrive(arrived_ptr, programs):
         tl.store(arrived_ptr, 0)
     tl.debug_barrier()
     return last
-
-
-@triton.jit
-def softmax_of(stat_ptr, count, rows, size, G_PAD: tl.constexpr):
-    """Top and total of `count` partial softmaxes of `size` rows each, for some rows; 0 and 1 where nothing was seen."""
-    top = tl.full([G_PAD], -float("inf"), tl.float32)
-    total = tl.zeros([G_PAD], tl.float32)
-    for first in range(0, count, 16):
-        top, total = together(stat_ptr, first, count, rows, size, top, total, 16)
-    return tl.where(top == -float("inf"), 0.0, top), tl.where(total > 0, total, 1.0)
 
 
 @triton.jit
@@ -161,8 +156,8 @@ def decode_selected_fwd_kernel(
     first = (sequence.to(tl.int64) * heads + head) * parts
     rows = tl.minimum(token * G + member, M - 1)
     stats = dense_stat_ptr + first * (2 * M)
-    cmp_top, cmp_total = softmax_of(stats, splits, rows, M, G_PAD)
-    swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M, G_PAD)
+    cmp_top, cmp_total = softmax_of(stats, splits, rows, M)
+    swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M)
     cmp_factor = tl.load(g_cmp_ptr + place, mask=valid, other=0.0).to(tl.float32) / cmp_total
     swa_factor = tl.load(g_swa_ptr + place, mask=valid, other=0.0).to(tl.float32) / swa_total
     if v_scale_ptr is not None:
@@ -185,7 +180,7 @@ def decode_selected_fwd_kernel(
         tl.store(stats + piece * (2 * G_PAD) + G_PAD + member, total)
         last = last_to_arrive(arrived_ptr + here, pieces)
         if last:
-            top, total = softmax_of(stats, pieces, member, G_PAD, G_PAD)
+            top, total = softmax_of(stats, pieces, member, G_PAD)
             o = tl.zeros([G_PAD, DV], tl.float32)
             others = tl.zeros([G_PAD, DV], tl.float32)
             for i in tl.range(0, pieces, num_stages=3):
