@@ -45,9 +45,6 @@ def parts(spec: Spec, cached: Cached, shape: TuneShape, given: dict[str, Any]) -
     """A step, which writes the sequences' last tokens and attends from them, and what it consists of, as calls without arguments."""
     import torch
 
-    from . import kernels
-    from .branches import decode
-    from .config import Shape, problem
     from .serving import nsa_decode
 
     cache, slots = filled(spec, cached, shape, given)
@@ -72,32 +69,7 @@ def parts(spec: Spec, cached: Cached, shape: TuneShape, given: dict[str, Any]) -
         append()
         return attend()
 
-    at = Shape(shape.seqlen, shape.batch * spec.heads.kv)
-    begin, end = (
-        getattr(kernels.get(problem(name, spec, which=cached), at, kernels.default_device()), name)
-        for name in ("decode_dense_fwd", "decode_selected_fwd")
-    )
-    selected, sliding, compressed = (cache.tables[i] for i in decode.STREAMS[len(cache.streams)])
-    k_dense_scale, k_scale, v_scale = cache.scales[0] or (None,) * 3
-    blocks = torch.empty(shape.batch, tokens, spec.heads.kv, spec.selection.count, dtype=torch.int32, device="cuda")
-    pages, where, scale = cache.layer(0), (slots, cache.lengths), spec.head_dim.qk**-0.5
-    o = torch.empty(shape.batch, tokens, heads, spec.head_dim.v, **made)
-
-    def first() -> Any:
-        return begin(q, *pages, k_dense_scale, compressed, sliding, *where, cache.arrived, blocks, shape.seqlen, scale)
-
-    dense = first()
-
-    def second() -> None:
-        end(q, *pages, k_scale, v_scale, selected, *where, blocks, *dense, *gates, cache.arrived, o, scale)
-
-    return {
-        WHOLE: step,
-        "without the append": attend,
-        "append": append,
-        "compressed, sliding, choice of blocks": first,
-        "selected, gates": second,
-    }
+    return {WHOLE: step, "without the append": attend, "append": append}
 
 
 def full_attention(spec: Spec, cached: Cached, shape: TuneShape, backend: str) -> Callable[[], Any]:

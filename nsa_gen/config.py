@@ -31,11 +31,10 @@ KEY_FIELDS: dict[str, tuple[str, ...]] = {
     "sliding_attention_bwd": ("dtype", "group", "head_dim_qk", "head_dim_v", "window", "varlen"),
     "combine_bwd": ("dtype", "head_dim_v"),
     "compress_bwd": ("dtype", "head_dim", "block", "stride", "pooling", "hidden", "varlen"),
-    "decode_dense_fwd": (
+    "decode_fwd": (
         "dtype", "storage", "group", "head_dim_qk", "head_dim_v", "block", "stride", "selection_block", "count", "initial", "local",
-        "mapping", "window", "page_size", "tokens",
+        "mapping", "window", "branches", "page_size", "tokens",
     ),
-    "decode_selected_fwd": ("dtype", "storage", "group", "head_dim_qk", "head_dim_v", "selection_block", "count", "page_size", "tokens"),
     "cache_append": (
         "dtype", "storage", "head_dim_qk", "head_dim_v", "block", "stride", "pooling", "hidden", "hidden_v", "branches", "page_size",
         "tokens",

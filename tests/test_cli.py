@@ -114,7 +114,7 @@ def test_spec_validate(nsa, tmp_path):
         (("tune", "tiny", "--decode", "--kv-dtype", "int8"), "allowed: float32, float8_e4m3fn"),
         (("tune", "tiny", "--decode", "--page-size", "40"), "multiples of the selection block, 16"),
         (("tune", "tiny", "--tokens", "2"), "only with decode"),
-        (("tune", "tiny", "-k", "decode_selected_fwd"), "with decode also: decode_dense_fwd"),
+        (("tune", "tiny", "-k", "decode_fwd"), "with decode also: decode_fwd"),
         (("table", "show", "nowhere"), "nowhere"),
         (("generate", ROOT / "Makefile", "-t", "sm_90", "-o", "x"), "Makefile"),
         (("tune", "tiny"), "no GPU is visible"),
@@ -226,7 +226,7 @@ def test_doctor_explains_a_resolution(nsa, tmp_path, monkeypatch):
     code, out, _ = nsa("doctor", "-t", "nvidia-h200", "-n", "32k")
     assert code == 0 and "resolution of gqa16-d128 at 32768 tokens on nvidia-h200" in out
     assert "sliding_attention_fwd (device table)" in out and "importance_fwd (default)" in out and "NSA_GEN_TUNED=" in out
-    assert "decode_selected_fwd (default)" in out
+    assert "decode_fwd (default)" in out
     found = json.loads(nsa("doctor", "-t", "nvidia-h100-pcie", "--json")[1])
     taken = [one["text"] for one in found["findings"] if "sliding_attention_fwd (same arch)" in one["text"]]
     assert found["ok"] and len(taken) == 1
@@ -267,12 +267,12 @@ def test_tune_passes_on_what_is_asked(nsa, monkeypatch, capsys):
     monkeypatch.setattr("nsa_gen.tune.drive.run", run)
     monkeypatch.setattr("nsa_gen.tune.run", run, raising=False)
     cache = ("--decode", "--kv-dtype", "float8_e4m3fn", "--page-size", "128", "--tokens", "4")
-    assert nsa("tune", "tiny", "-n", "32x64k", "--seqlen", "8k,1x9", "-k", "decode_selected_fwd", *cache)[0] == 0
-    assert tune_module.main(["tiny", "--shapes", "32x64k", "--shapes", "8k,1x9", "--kernels", "decode_selected_fwd", *cache]) == 0
+    assert nsa("tune", "tiny", "-n", "32x64k", "--seqlen", "8k,1x9", "-k", "decode_fwd", *cache)[0] == 0
+    assert tune_module.main(["tiny", "--shapes", "32x64k", "--shapes", "8k,1x9", "--kernels", "decode_fwd", *cache]) == 0
     for options in asked:
         assert [(s.batch, s.seqlen) for s in options["shapes"]] == [(32, 65536), (1, 8192), (1, 9)]
         assert options["decode"] and options["kv_dtype"] == "float8_e4m3fn" and (options["page_size"], options["tokens"]) == (128, 4)
-        assert options["kernels"] == ["decode_selected_fwd"] and not {"varlen", "deterministic", "storage"} & set(options)
+        assert options["kernels"] == ["decode_fwd"] and not {"varlen", "deterministic", "storage"} & set(options)
     assert nsa("tune", "tiny")[0] == 0
     assert not {"shapes", "decode", "kv_dtype", "page_size", "tokens"} & set(asked[-1])
     capsys.readouterr()

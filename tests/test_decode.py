@@ -20,12 +20,13 @@ KEY = {
     "selection_block": 16, "count": 4, "initial": 1, "local": 1, "mapping": "overlap", "window": 24, "page_size": 16, "tokens": 1,
     "pooling": "mean", "hidden": 0, "hidden_v": 0, "branches": 1,
 }  # fmt: skip
-KERNELS = ("decode_dense_fwd", "decode_selected_fwd")
+#: One K and V for all branches, or one for each: local blocks are read with the window, or with the chosen blocks.
+BRANCHES = (1, 3)
 #: Lengths at which a block, a stride, a window, a page begins or ends.
 EDGES = (1, 7, 8, 9, 11, 12, 15, 16, 17, 23, 24, 25, 31, 32, 33, 64, 65, 100)
 
 
-def problem(kernel: str, **changes) -> Problem:
+def problem(kernel: str = "decode_fwd", **changes) -> Problem:
     key = KEY | changes
     if "dtype" in changes and "storage" not in changes:
         key["storage"] = key["dtype"]
@@ -33,115 +34,118 @@ def problem(kernel: str, **changes) -> Problem:
 
 
 def built(p: Problem, **changes) -> Config:
-    few = {"LEAST": 1} if p.kernel == "decode_dense_fwd" else {}  # or these short sequences are never split
-    made = space.safe(p).replace(**few | changes)
+    """The safe config with some knobs changed: splits of one tile, or these short sequences are never split."""
+    made = space.safe(p).replace(**({"LEAST": 1, "CHOSEN_LEAST": 1} if p.kernel == "decode_fwd" else {}) | changes)
     space.check(p, made)
     return made
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_lengths(kernel):
-    held(problem(kernel), built(problem(kernel)), EDGES)
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_lengths(branches):
+    p = problem(branches=branches)
+    held(p, built(p), EDGES)
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 16])
-def test_groups(kernel, group):
-    p = problem(kernel, group=group)
+def test_groups(branches, group):
+    p = problem(group=group, branches=branches)
     held(p, built(p), (70, 1, 33), heads=2)
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize(("tokens", "group"), [(2, 1), (3, 2), (8, 6), (5, 16)])
-def test_several_new_tokens(kernel, tokens, group):
+def test_several_new_tokens(branches, tokens, group):
     """Each sees what it would alone; some sequences are no longer than them."""
-    p = problem(kernel, tokens=tokens, group=group)
+    p = problem(tokens=tokens, group=group, branches=branches)
     held(p, built(p), (90, tokens, 17, 40))
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize(("qk", "v"), [(80, 48), (48, 96), (192, 128)])
-def test_head_dims(kernel, qk, v):
-    p = problem(kernel, head_dim_qk=qk, head_dim_v=v)
+def test_head_dims(branches, qk, v):
+    p = problem(head_dim_qk=qk, head_dim_v=v, branches=branches)
     held(p, built(p), (70, 5))
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("kind", ["ties", "equal", "huge", "peaky"])
-def test_kinds(kernel, kind):
-    p = problem(kernel)
+def test_kinds(branches, kind):
+    p = problem(branches=branches)
     held(p, built(p), (200, 90), kind=kind)
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("storage", ["float16", FP8])
-def test_half_precision_and_fp8(kernel, storage):
-    p = problem(kernel, dtype="float16", storage=storage)
+def test_half_precision_and_fp8(branches, storage):
+    p = problem(dtype="float16", storage=storage, branches=branches)
     held(p, built(p), (150, 40), heads=2)
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize(("block", "page_size", "count"), [(16, 64, 2), (32, 32, 6), (64, 64, 3)])
-def test_blocks_and_pages(kernel, block, page_size, count):
-    p = problem(kernel, selection_block=block, page_size=page_size, count=count)
+def test_blocks_and_pages(branches, block, page_size, count):
+    p = problem(selection_block=block, page_size=page_size, count=count, branches=branches)
     held(p, built(p), (300, 20))
 
 
 @runs
 @pytest.mark.parametrize(("mapping", "block", "stride"), [("literal", 8, 4), ("overlap", 16, 4), ("literal", 16, 8), ("overlap", 8, 8)])
 def test_mappings(mapping, block, stride):
-    p = problem("decode_dense_fwd", mapping=mapping, block=block, stride=stride)
+    p = problem(mapping=mapping, block=block, stride=stride)
     held(p, built(p), (150, 40, 65))
 
 
 @runs
-@pytest.mark.parametrize(("initial", "local", "count"), [(0, 0, 3), (2, 2, 4), (1, 2, 5), (0, 1, 1)])
-def test_forced_blocks(initial, local, count):
-    p = problem("decode_dense_fwd", initial=initial, local=local, count=count)
-    held(p, built(p), (150, 40, 3))
+@pytest.mark.parametrize("window", [24, 48])
+@pytest.mark.parametrize(("initial", "local", "count"), [(0, 0, 3), (2, 2, 4), (1, 2, 5), (0, 1, 1), (0, 3, 3)])
+def test_forced_blocks(initial, local, count, window):
+    """Local blocks that the window holds, and such that reach farther back; nothing chosen freely."""
+    p = problem(initial=initial, local=local, count=count, window=window, tokens=3)
+    held(p, built(p), (150, 40, 3, 49, 50))
 
 
 @runs
-@pytest.mark.parametrize("changes", [{"LEAST": 8}, {"LEAST": 1}, {"BLOCK_N": 32}, {"BLOCK_B": 64, "num_stages": 3, "keep_sums": True}])
-def test_splits_and_tiles_do_not_change_the_result(changes):
-    p = problem("decode_dense_fwd", page_size=32, tokens=2)
-    one, other = (held(p, built(p, **{"LEAST": 2} | more), (260, 30, 2)) for more in ({}, changes))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"LEAST": 8, "num_stages": 2, "chosen_stages": 3}, {"LEAST": 2}, {"BLOCK_N": 32},
+        {"BLOCK_B": 64, "num_stages": 3, "keep_sums": False}, {"CHOSEN_LEAST": 4, "sum_stages": 3}, {"CHOSEN_PROGRAMS": 64},
+    ],
+)  # fmt: skip
+def test_splits_and_pieces_do_not_change_the_result(changes):
+    p = problem(page_size=32, tokens=2)
+    one, other = (held(p, built(p, **more), (260, 30, 2)) for more in ({}, changes))
     assert torch.equal(one.outputs["block_indices"], other.outputs["block_indices"])
-
-
-@runs
-def test_more_splits_than_are_put_together_at_a_time():
-    p = problem("decode_dense_fwd", window=100)
-    held(p, built(p, LEAST=1, PROGRAMS=128), (1400, 3), heads=1)
-
-
-@runs
-@pytest.mark.parametrize("changes", [{"LEAST": 1}, {"PROGRAMS": 64, "num_stages": 3}, {"LEAST": 4, "sum_stages": 3}])
-def test_pieces_do_not_change_the_result(changes):
-    p = problem("decode_selected_fwd", tokens=2)
-    one, other = held(p, built(p), (260, 30, 2)), held(p, built(p, **changes), (260, 30, 2))
     torch.testing.assert_close(one.outputs["o"], other.outputs["o"], rtol=1e-5, atol=1e-6)
+
+
+@runs
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_more_splits_than_are_put_together_at_a_time(branches):
+    p = problem(window=100, branches=branches)
+    held(p, built(p, PROGRAMS=128), (1400, 3), heads=1)
 
 
 @runs
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 500])
 def test_windows(window):
-    p = problem("decode_dense_fwd", window=window)
+    p = problem(window=window)
     held(p, built(p), EDGES[::2])
 
 
 @runs
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_again_on_the_same_counters(kernel):
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_again_on_the_same_counters(branches):
     """What counts arrivals is 0 again after a launch: the next one is the same to the bit."""
-    p = problem(kernel, tokens=2)
+    p = problem(tokens=2, branches=branches)
     case = inputs.case(p, seqlens=(120, 33), heads_kv=2, device=DEVICE)
     made, found = module(p, built(p)), []
     for _ in range(2):
@@ -169,19 +173,18 @@ def test_new_tokens_are_stored_and_pooled(pooling, branches, tokens, storage):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "changes", "why"),
+    ("given", "changes", "why"),
     [
-        ("decode_dense_fwd", {"BLOCK_N": 128}, "do not fill pages of 16"),
-        ("decode_selected_fwd", {"LEAST": 4}, "4 of 3 blocks"),
+        ({}, {"BLOCK_N": 128}, "do not fill pages of 16"),
+        ({"count": 3}, {"CHOSEN_LEAST": 4}, "4 of 3 blocks"),
+        ({"selection_block": 128, "page_size": 128}, {"BLOCK_N": 16}, "hold no whole number of blocks"),
+        ({"tokens": 8, "group": 16, "head_dim_v": 256}, {"num_warps": 4}, "more registers than 4 warps"),
+        ({"selection_block": 128, "page_size": 128, "head_dim_v": 128}, {"chosen_warps": 2}, "blocks of 128 keys on 2 warps"),
     ],
 )
-def test_the_space_refuses_what_cannot_be_built(kernel, changes, why):
+def test_the_space_refuses_what_cannot_be_built(given, changes, why):
     with pytest.raises(ConfigError, match=why):
-        built(problem(kernel, count=3), **changes)
-    with pytest.raises(ConfigError, match="hold no whole number of blocks"):
-        built(problem("decode_dense_fwd", selection_block=128, page_size=128), BLOCK_N=16)
-    with pytest.raises(ConfigError, match="more registers than 4 warps"):
-        built(problem("decode_dense_fwd", tokens=8, group=16, head_dim_v=256), num_warps=4)
+        built(problem(**given), **changes)
 
 
 @pytest.mark.parametrize("name", spec.names())
@@ -192,10 +195,9 @@ def test_defaults_are_legal(name):
         assert space.safe(p) and all(space.default(p, arch) for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_rendered_is_python(kernel):
-    for changes, debug in itertools.product(({}, {"head_dim_qk": 80, "storage": FP8, "tokens": 3}), (False, True)):
-        p = problem(kernel, **changes)
+def test_rendered_is_python():
+    for changes, debug in itertools.product(({}, {"head_dim_qk": 80, "storage": FP8, "tokens": 3, "branches": 3}), (False, True)):
+        p = problem(**changes)
         ast.parse(render.render(p, built(p), debug=debug).text)
 
 
@@ -208,15 +210,15 @@ from nsa_gen import device, inputs, loader, space
 
 arch = sys.argv[1]
 there, found = device.from_name(arch), []
-for kernel in ("decode_dense_fwd", "decode_selected_fwd"):
-    wide = {"head_dim_qk": 256, "head_dim_v": 256, "selection_block": 128, "page_size": 128}
-    few = {"storage": FP8, "head_dim_qk": 16, "head_dim_v": 16}
-    for changes in ({}, {"storage": FP8}, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}, few, wide) if arch == "sm_90" else ({},):
-        key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16, "selection_block": 64}
-        p = problem(kernel, **{**key, "count": 16, "local": 2, "window": 512, "page_size": 64, **changes})
-        case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")
-        resources = loader.compile_all(lambda: case.run(module(p, space.default(p, arch))), there.triton_target())
-        found += [[r.name, r.shared, (r.spills or 0) * ("tokens" not in changes)] for r in resources]
+wide = {"head_dim_qk": 256, "head_dim_v": 256, "selection_block": 128, "page_size": 128}
+few = {"storage": FP8, "head_dim_qk": 16, "head_dim_v": 16}
+apart = {"storage": FP8, "branches": 3}
+for changes in ({}, apart, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}, few, wide) if arch == "sm_90" else ({},):
+    key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16, "selection_block": 64}
+    p = problem(**{**key, "count": 16, "local": 2, "window": 512, "page_size": 64, **changes})
+    case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")
+    resources = loader.compile_all(lambda: case.run(module(p, space.default(p, arch))), there.triton_target())
+    found += [[r.name, r.shared, (r.spills or 0) * ("tokens" not in changes)] for r in resources]
 from nsa_gen import config
 from nsa_gen.spec import load
 
@@ -235,7 +237,7 @@ print(json.dumps([there.shared_bytes, found]))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles(arch, compiled_python):
     limit, found = json.loads(compiled_python(COMPILE, arch).splitlines()[-1])
-    assert {name for name, _, _ in found} == {"decode_dense_fwd_kernel", "decode_selected_fwd_kernel", "cache_append_kernel"}
+    assert {name for name, _, _ in found} == {"decode_fwd_kernel", "decode_chosen_fwd_kernel", "cache_append_kernel"}
     assert all(shared <= limit for _, shared, _ in found), found
     # An exact division calls a function where numbers are tiny, and what it needs is put aside for that.
     assert [x for x in found if arch == "sm_90" and x[2] > (32 if x[0] == "cache_append_kernel" else 0)] == []

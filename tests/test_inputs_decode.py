@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from types import SimpleNamespace
 
@@ -49,46 +48,24 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
     def spread(x, new, length):
         return x.new_full((length, *x.shape[1:]), -1).index_copy(0, new, x)
 
-    def decode_dense_fwd(q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale):
-        m = p.tokens * p.group
-        part, stat = torch.zeros(len(q), heads, 2, m, p.head_dim_v), torch.full((len(q), heads, 2, 2, m), -torch.inf)
-        by = [None, None] if k_scale is None else k_scale
+    def decode_fwd(q, k_pages, v_pages, k_scale, k_selected_scale, v_scale, compressed, selected, sliding, slots, lengths, arrived,
+                   g_cmp, g_slc, g_swa, block_indices, o, max_seqlen, scale):  # fmt: skip
+        by_k = (None,) * 3 if k_scale is None else (k_scale[0], k_selected_scale, k_scale[1])
+        by_v = (None,) * 3 if v_scale is None else v_scale
         for number, slot, length, whole, new in each(q, slots, lengths):
-            rows = range(reference.compressed_count(length, p.block, p.stride))
-            k, v = stream(k_pages, by[0], compressed, slot, rows), stream(v_pages, None, compressed, slot, rows)
-            at = {"scale": scale, "queries": new, "dtype": torch.float32}
-            o, lse = reference.compressed_attention(whole, k, v, p.block, p.stride, **at)
-            scores = reference.importance(whole, k, spread(lse, new, length), p.block, p.stride, p.selection_block, p.mapping, **at)
-            block_indices[number] = reference.select_at(scores, new, p.selection_block, p.count, p.initial, p.local)
             first = max(0, length - p.tokens - p.window + 1)
-            k, v = (stream(x, y, sliding, slot, range(first, length)) for x, y in ((k_pages, by[1]), (v_pages, None)))
-            window = reference.sliding_attention(whole[first:], k, v, p.window, **at | {"queries": new - first})
-            for i, several in enumerate(((o, lse), window)):
-                x, y = (x.unflatten(1, (heads, p.group)).transpose(0, 1).flatten(1, 2) for x in several)  # [Hkv, tokens * G, ·]
-                part[number, :, i], stat[number, :, i, 0], stat[number, :, i, 1] = x, y / math.log(2), y.isfinite().float()
-        return part, stat, 1
-
-    def decode_selected_fwd(q, k_pages, v_pages, k_scale, v_scale, table, slots, lengths, block_indices, part, stat, splits,
-                            g_cmp, g_slc, g_swa, arrived, o, scale):  # fmt: skip
-        def together(number, head, row, several):
-            top, total = stat[number, head, several, 0, row], stat[number, head, several, 1, row]
-            weight = torch.exp2(top - top.max())
-            return (weight[:, None] * part[number, head, several, row]).sum(0) / (weight * total).sum()
-
-        for number, slot, length, whole, new in each(q, slots, lengths):
-            k = stream(k_pages, k_scale, table, slot, range(length))
-            v = stream(v_pages, None if v_scale is None else v_scale[1], table, slot, range(length))
-            blocks = spread(block_indices[number], new, length)
+            held = range(reference.compressed_count(length, p.block, p.stride)), range(length), range(first, length)
+            tables = compressed, selected, sliding
+            k_cmp, k_slc, k_swa = (stream(k_pages, by_k[i], tables[i], slot, held[i]) for i in range(3))
+            v_cmp, v_slc, v_swa = (stream(v_pages, by_v[i], tables[i], slot, held[i]) for i in range(3))
             at = {"scale": scale, "queries": new, "dtype": torch.float32}
-            o_slc, _ = reference.selected_attention(whole, k, v, blocks, p.selection_block, **at)
-            for token in range(p.tokens):
-                for head in range(heads * p.group):
-                    row, kv_head = token * p.group + head % p.group, head // p.group
-                    o_cmp, o_swa = (together(number, kv_head, row, several) for several in (slice(splits), slice(splits, None)))
-                    if v_scale is not None:
-                        o_cmp, o_swa = o_cmp * v_scale[0, kv_head], o_swa * v_scale[2, kv_head]
-                    gates = (g[number, token, head] for g in (g_cmp, g_slc, g_swa))
-                    o[number, token, head] = sum(g * x for g, x in zip(gates, (o_cmp, o_slc[token, head], o_swa), strict=True))
+            o_cmp, lse = reference.compressed_attention(whole, k_cmp, v_cmp, p.block, p.stride, **at)
+            scores = reference.importance(whole, k_cmp, spread(lse, new, length), p.block, p.stride, p.selection_block, p.mapping, **at)
+            block_indices[number] = reference.select_at(scores, new, p.selection_block, p.count, p.initial, p.local)
+            blocks = spread(block_indices[number], new, length)
+            o_slc, _ = reference.selected_attention(whole, k_slc, v_slc, blocks, p.selection_block, **at)
+            o_swa, _ = reference.sliding_attention(whole[first:], k_swa, v_swa, p.window, **at | {"queries": new - first})
+            o[number] = reference.combine(o_cmp, o_slc, o_swa, g_cmp[number], g_slc[number], g_swa[number], torch.float32)
 
     def cache_append(k, v, k_pages, v_pages, tables, k_scale, v_scale, slots, lengths, phi_k, phi_v):
         def store(pages, where, x, scale):
@@ -128,6 +105,13 @@ def test_a_right_kernel_is_accepted(kernel, storage, tokens):
             assert not case.check().ok
 
 
+@pytest.mark.parametrize("storage", ["float16", FP8])
+def test_one_k_and_v_for_all_branches(storage):
+    case = make("decode_fwd", storage=storage, branches=1)
+    case.run(torch_module(case))
+    assert case.check().ok and torch.equal(case.tensors["tables"][1], case.tensors["tables"][2])
+
+
 def test_poolings_and_shared_k_and_v():
     for pooling in ("mean", "weighted", "linear"):
         case = make("cache_append", pooling=pooling, hidden=0, hidden_v=0, branches=1, seqlens=(8, 20, 41))
@@ -140,23 +124,17 @@ def test_poolings_and_shared_k_and_v():
 @pytest.mark.parametrize("number", range(len(SEQLENS)))
 def test_a_sequence_that_is_wrong_is_found(number, storage):
     """However many there are: each is held to the reference."""
-    for kernel, out in (("decode_dense_fwd", "part"), ("decode_dense_fwd", "block_indices"), ("decode_selected_fwd", "o")):
-        case = make(kernel, storage=storage)
+    for out in ("block_indices", "o"):
+        case = make("decode_fwd", storage=storage)
         case.run(torch_module(case))
-        if out == "part":
-            part, stat, _ = case.tensors["made"]
-            part[number] += 0.1
-            stat[number, :, :, 0].nan_to_num_(neginf=0.0)
-            stat[number, :, :, 1].clamp_(min=1.0)  # also where no compressed token is
-        else:
-            row = case.outputs[out][number, -1]
-            row[0] = row[0] + 0.1 if out == "o" else -1
+        row = case.outputs[out][number, -1]
+        row[0] = row[0] + 0.1 if out == "o" else -1
         assert not case.check().ok, out
 
 
 def test_what_is_not_written_or_left_behind_is_found():
-    for kernel, name in (("decode_dense_fwd", "block_indices"), ("decode_selected_fwd", "o")):
-        case = make(kernel)
+    for name in ("block_indices", "o"):
+        case = make("decode_fwd")
         case.run(torch_module(case))
         written = case.outputs[name].clone()
         case.outputs[name][2, 1, 0, -1] = torch.nan if name == "o" else -7
@@ -202,7 +180,7 @@ def test_rows_that_are_wrong_or_should_have_been_let_be_are_found(storage):
 def test_a_page_is_one_streams_and_the_rest_is_nan(kernel):
     case = make(kernel)
     t = case.tensors | case.outputs
-    tables = [t["table"]] if "table" in t else list(t["tables"])
+    tables = list(t["tables"])
     pages, slots = t["k_pages"], t["slots"].long()
     assert t["lengths"][slots].tolist() == list(case.seqlens) and int((t["lengths"] == -1).sum()) == 1
     spare = [n for n in range(len(t["lengths"])) if n not in slots.tolist()]
@@ -210,9 +188,9 @@ def test_a_page_is_one_streams_and_the_rest_is_nan(kernel):
     held = torch.cat([table[table != nobodys] for table in tables])
     assert len(held) == len(held.unique()) == len(pages) - 1 and nobodys not in held.tolist()
     assert bool(pages[nobodys].isnan().all())
-    if kernel == "decode_selected_fwd":
-        filled = [int((~pages[table[table != nobodys].long(), 0, :, 0].isnan()).sum()) for table in tables]
-        assert filled == [case.total]
+    if kernel == "decode_fwd":
+        selected = tables[1]
+        assert int((~pages[selected[selected != nobodys].long(), 0, :, 0].isnan()).sum()) == case.total
 
 
 @pytest.mark.parametrize("storage", ["float16", FP8])

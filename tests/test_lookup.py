@@ -254,8 +254,8 @@ def test_strict_raises_below_exact_and_names_key_and_command(monkeypatch):
         assert f"nsa-gen tune SPEC --kernels {KERNEL}" in text and "\n" not in text
         with override(config(16)):
             assert resolve(key, shape, GPU).config == config(16)
-    served = problem_of("decode_selected_fwd", load("tiny"), which=cache_of(load("tiny"), FP8, 32, 4))
-    with pytest.raises(NotTuned, match="--kernels decode_selected_fwd --decode --kv-dtype float8_e4m3fn --page-size 32 --tokens 4, or"):
+    served = problem_of("decode_fwd", load("tiny"), which=cache_of(load("tiny"), FP8, 32, 4))
+    with pytest.raises(NotTuned, match="--kernels decode_fwd --decode --kv-dtype float8_e4m3fn --page-size 32 --tokens 4, or"):
         resolve(served, SHAPE, GPU)
     monkeypatch.setenv("NSA_GEN_STRICT", "0")
     assert resolve(problem(window=256), SHAPE, GPU).source == "default"

@@ -30,15 +30,12 @@ VOCABULARY = 64
 #: The interpreter takes a twentieth of a second for a program: few of them there.
 FEW = (
     Config.of(
-        "decode_dense_fwd",
+        "decode_fwd",
         {
-            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "keep_sums": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
+            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "keep_sums": True, "CHOSEN_PROGRAMS": 64, "CHOSEN_LEAST": 4,
+            "chosen_warps": 4, "chosen_stages": 1, "sum_stages": 1, "chain": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
             "unpack": "cast",
         },
-    ),
-    Config.of(
-        "decode_selected_fwd",
-        {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None, "unpack": "cast"},
     ),
 )  # fmt: skip
 

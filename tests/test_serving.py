@@ -17,15 +17,12 @@ GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "w
 #: The interpreter takes a twentieth of a second for a program: few of them there.
 FEW = (
     Config.of(
-        "decode_dense_fwd",
+        "decode_fwd",
         {
-            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "keep_sums": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
+            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "keep_sums": True, "CHOSEN_PROGRAMS": 64, "CHOSEN_LEAST": 4,
+            "chosen_warps": 4, "chosen_stages": 1, "sum_stages": 1, "chain": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
             "unpack": "cast",
         },
-    ),
-    Config.of(
-        "decode_selected_fwd",
-        {"PROGRAMS": 64, "LEAST": 4, "sum_stages": 1, "num_warps": 4, "num_stages": 1, "maxnreg": None, "unpack": "cast"},
     ),
 )  # fmt: skip
 
@@ -82,12 +79,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     def watched(name, *args):
         host = kernel(name, *args)
-        if name != "decode_dense_fwd":
+        if name != "decode_fwd":
             return host
 
         def run(*given):
             made = host(*given)
-            found.append(given[9].clone())
+            found.append(given[15].clone())
             return made
 
         return run

@@ -46,14 +46,15 @@ def test_kernels_that_serve_are_right():
 
 
 def test_a_wrong_cache_or_choice_is_found(monkeypatch):
-    def other_block(q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, *rest):
+    def other_block(*given):
+        block_indices = given[15]
         block_indices[0, 0, 0, 1] += 1
 
     def lost_row(k, v, k_pages, v_pages, tables, k_scale, v_scale, slots, lengths, *rest):
         row = int(lengths[slots[0]]) - 1
         k_pages[tables[0, slots[0], row // k_pages.shape[2]], :, row % k_pages.shape[2]] = 0.0
 
-    for kernel, spoil, said in (("decode_dense_fwd", other_block, "block_indices"), ("cache_append", lost_row, "k0: ")):
+    for kernel, spoil, said in (("decode_fwd", other_block, "block_indices"), ("cache_append", lost_row, "k0: ")):
         with monkeypatch.context() as patch:
             _break(patch, kernel, spoil)
             report = verify.run("tiny", kernels=[kernel])

@@ -1,4 +1,4 @@
-"""Decoding from a paged cache: a few new tokens of each sequence through all branches, in two launches."""
+"""Decoding from a paged cache: a few new tokens of each sequence through all branches, in one or two launches."""
 
 from __future__ import annotations
 
@@ -31,17 +31,15 @@ def decode(
     if not sequences:
         return o
     shape = Shape(max_seqlen, sequences * k_pages.shape[1])
-    which = Cached(str(k_pages.dtype).removeprefix("torch."), k_pages.shape[2], tokens)
-    begin, end = (kernel(name, key, q, None, shape, which) for name in ("decode_dense_fwd", "decode_selected_fwd"))
+    which = Cached(str(k_pages.dtype).removeprefix("torch."), k_pages.shape[2], tokens, tables.shape[0] - 1)
+    host = kernel("decode_fwd", key, q, None, shape, which)
     selected, sliding, compressed = (tables[i] for i in STREAMS[tables.shape[0]])
-    k_dense_scale, k_scale, v_scale = scales or (None,) * 3
-    q = ready(q)
     block_indices = torch.empty((sequences, tokens, k_pages.shape[1], geometry(key).count), dtype=torch.int32, device=q.device)
-    dense = begin(
-        q, k_pages, v_pages, k_dense_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale
-    )  # fmt: skip
     gates = map(ready_flat, (g_cmp, g_slc, g_swa))
-    end(q, k_pages, v_pages, k_scale, v_scale, selected, slots, lengths, block_indices, *dense, *gates, arrived, o, scale)
+    host(
+        ready(q), k_pages, v_pages, *(scales or (None,) * 3), compressed, selected, sliding, slots, lengths, arrived, *gates, block_indices,
+        o, max_seqlen, scale,
+    )  # fmt: skip
     return o
 
 

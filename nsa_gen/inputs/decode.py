@@ -115,193 +115,109 @@ def _scales(case: Case, *streams: int) -> Tensor | None:
 
 
 class _Decode(Call):
-    """New tokens, each of which is the last one of a sequence of its own to the reference."""
+    """New tokens, each of which is the last one of a sequence of its own to the reference.
 
-    def queries(self, case: Case, values: Values, k_rows: int) -> Tensor:
-        """Make ``q [S,tokens,Hq,Dqk]``, and counters of who has arrived; gives keys ``[k_rows,Hkv,Dqk]`` of the case's kind."""
+    Compressed tokens have pages of their own, and so have the selected branch's and the window where K and V are per branch.
+    """
+
+    def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
         p, count = case.problem, len(case.seqlens)
-        q, k = values.q_k(count * p.tokens, case.heads_kv, p.group, k_rows, p.head_dim_qk)
-        arrived = values.empty(count * case.heads_kv * p.tokens, dtype=torch.int32)
-        case.tensors |= {"q": q.view(count, p.tokens, *q.shape[1:]), "arrived": arrived, "scale": p.head_dim_qk**-0.5}
-        return k
+        _begin(case, values)
+        streams = self.streams(p, dict(enumerate(case.seqlens)))[: 2 if p.branches == 1 else 3]
+        counts = [sum(end - first for first, end in rows.values()) for rows in streams]
+        q, k = values.q_k(count * p.tokens, case.heads_kv, p.group, sum(counts), p.head_dim_qk)
+        pages, tables = _paged(case, values, streams)
+        if values.real:
+            v = values.normal(sum(counts), case.heads_kv, p.head_dim_v)
+            for i, kv in enumerate(zip(k.split(counts), v.split(counts), strict=True)):
+                _write(case, pages, tables[i], streams[i], kv, i)
+        if p.branches == 1:
+            tables = [*tables, tables[1]]
+        sliding = self.stream_of(p, 2)
+        selected = _scales(case, 1)
+        case.tensors |= {
+            "q": q.view(count, p.tokens, *q.shape[1:]), "k_pages": pages[0], "v_pages": pages[1], "tables": tuple(tables),
+            "scales": (_scales(case, 0, sliding), None if selected is None else selected[0], _scales(case, 0, 1, sliding)),
+            "gates": tuple(values.uniform(count, p.tokens, case.heads_query).to(case.dtype) for _ in range(3)),
+            "arrived": values.empty(count * case.heads_kv * p.tokens, dtype=torch.int32), "scale": p.head_dim_qk**-0.5,
+        }  # fmt: skip
+        case.outputs["block_indices"] = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
+        case.outputs["o"] = values.empty(count, p.tokens, case.heads_query, p.head_dim_v)
+
+    def streams(self, p: Problem, lengths: dict[int, int]) -> tuple[_Spans, _Spans, _Spans]:
+        """Rows of compressed tokens, of the selected branch and of the sliding one: the same, or from the first token in a page that the
+        window of a new token reaches into, which is what a cache keeps at least."""
+        tokens = {number: (0, n) for number, n in lengths.items()}
+        held = {number: (max(0, n - p.tokens - p.window + 1) // p.page_size * p.page_size, n) for number, n in lengths.items()}
+        compressed = {number: (0, reference.compressed_count(n, p.block, p.stride)) for number, n in lengths.items()}
+        return compressed, tokens, tokens if p.branches == 1 else held
+
+    def stream_of(self, p: Problem, branch: int) -> int:
+        """The number of a branch's stream: 0 compressed, 1 selected, 2 sliding."""
+        return min(branch, 1) if p.branches == 1 else branch
 
     def poison(self, case: Case) -> None:
         super().poison(case)
         case.tensors["arrived"].zero_()
 
-    def positions(self, case: Case) -> Tensor:
-        """Of the new tokens in their sequences, ``[S*tokens]``."""
-        last = torch.tensor(case.seqlens, device=case.device) - 1
-        return (last[:, None] - torch.arange(case.problem.tokens - 1, -1, -1, device=case.device)).flatten()
-
-    def alone(self, case: Case, number: int, token: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
-        """A new token's query, repeated (in no memory) for all tokens up to it, and the reference's arguments that ask for the last one."""
-        position = case.seqlens[number] - case.problem.tokens + token
-        q = case.tensors["q"][number, token].expand(position + 1, -1, -1)
-        where = torch.tensor([position], device=case.device)
-        return q, {"scale": case.tensors["scale"], "queries": where, "dtype": dtype}
-
-    def at_rest(self, case: Case, found: Check) -> Check:
-        """``found``, unless a counter was left where the next call would be wrong."""
-        return Check(False, found.errors, "arrived is not 0 again") if bool(case.tensors["arrived"].any()) else found
-
-
-class _DecodeDense(_Decode):
-    """Compressed tokens and the window have pages of their own, as where K and V are per branch: one code serves both."""
-
-    def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
-        p = case.problem
-        _begin(case, values)
-        streams = [
-            {number: (0, reference.compressed_count(n, p.block, p.stride)) for number, n in enumerate(case.seqlens)},
-            {number: (self.first(p, n), n) for number, n in enumerate(case.seqlens)},
-        ]
-        counts = [sum(end - first for first, end in rows.values()) for rows in streams]
-        k = self.queries(case, values, sum(counts))
-        pages, tables = _paged(case, values, streams)
-        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "k_scale": _scales(case, 0, 1), "tables": tuple(tables)}
-        if values.real:
-            v = values.normal(sum(counts), case.heads_kv, p.head_dim_v)
-            for i, kv in enumerate(zip(k.split(counts), v.split(counts), strict=True)):
-                _write(case, pages, tables[i], streams[i], kv, i)
-        case.outputs["block_indices"] = values.empty(len(case.seqlens), p.tokens, case.heads_kv, p.count, dtype=torch.int32)
-
-    def first(self, p: Problem, length: int) -> int:
-        """The first token in a page that the window of a new token reaches into: what a cache keeps at least."""
-        return max(0, length - p.tokens - p.window + 1) // p.page_size * p.page_size
-
     def run(self, case: Case, host: Any) -> None:
         t = case.tensors
-        t["made"] = host(
-            t["q"], t["k_pages"], t["v_pages"], t["k_scale"], *t["tables"], t["slots"], t["lengths"], t["arrived"],
-            case.outputs["block_indices"], case.max_seqlen, t["scale"],
+        host(
+            t["q"], t["k_pages"], t["v_pages"], *t["scales"], *t["tables"], t["slots"], t["lengths"], t["arrived"], *t["gates"],
+            case.outputs["block_indices"], case.outputs["o"], case.max_seqlen, t["scale"],
         )  # fmt: skip
 
     def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """``o_cmp``, ``o_swa [S*tokens,Hq,Dv]``, but for the factor on values; the compressed ``lse``, and the ``scores`` that choose."""
+        """``o`` of the blocks that were chosen, the ``scores`` that choose, and the compressed ``lse``; one row for each new token."""
         p, t, found = case.problem, case.tensors, []
         blocks = -(-case.max_seqlen // p.selection_block)
         for number, length in enumerate(case.seqlens):
-            first = self.first(p, length)
-            spans = {number: (0, reference.compressed_count(length, p.block, p.stride))}, {number: (first, length)}
-            streams = [_rows(case, (t["k_pages"], t["v_pages"]), table, rows) for table, rows in zip(t["tables"], spans, strict=True)]
-            (k, v), (k_swa, v_swa) = ((_read(case, k, i), v.float() if _fp8(case) else v) for i, (k, v) in enumerate(streams))
+            held = []
+            for i, (table, rows) in enumerate(zip(t["tables"], self.streams(p, {number: length}), strict=True)):
+                k, v = (_read(case, x, self.stream_of(p, i)) for x in _rows(case, (t["k_pages"], t["v_pages"]), table, rows))
+                held.append((k, v, rows[number][0]))
+            (k_cmp, v_cmp, _), (k_slc, v_slc, _), (k_swa, v_swa, first) = held
             for token in range(p.tokens):
-                q, how = self.alone(case, number, token, dtype)
-                o, lse = reference.compressed_attention(q, k, v, p.block, p.stride, **how)
+                position = length - p.tokens + token
+                q = t["q"][number, token].expand(position + 1, -1, -1)  # in no memory, for all tokens up to it
+                how: dict[str, Any] = {"scale": t["scale"], "queries": torch.tensor([position], device=case.device), "dtype": dtype}
+                o_cmp, lse = reference.compressed_attention(q, k_cmp, v_cmp, p.block, p.stride, **how)
                 everywhere = lse.expand(len(q), -1)
-                scores = reference.importance(q, k, everywhere, p.block, p.stride, p.selection_block, p.mapping, **how)
-                how["queries"] = how["queries"] - first
-                o_swa, _ = reference.sliding_attention(q[first:], k_swa, v_swa, p.window, **how)
-                found.append((o, o_swa, lse, torch.nn.functional.pad(scores, (0, blocks - scores.shape[2]))))
-        return dict(zip(("o_cmp", "o_swa", "lse", "scores"), map(torch.cat, zip(*found, strict=True)), strict=True))
+                scores = reference.importance(q, k_cmp, everywhere, p.block, p.stride, p.selection_block, p.mapping, **how)
+                # What was not written is said by `check`.
+                chosen = case.outputs["block_indices"][number, token].clamp(-1, position // p.selection_block).expand(len(q), -1, -1)
+                o_slc, _ = reference.selected_attention(q, k_slc, v_slc, chosen, p.selection_block, **how)
+                o_swa, _ = reference.sliding_attention(q[first:], k_swa, v_swa, p.window, **how | {"queries": how["queries"] - first})
+                gates = (gate[number, token][None] for gate in t["gates"])
+                o = reference.combine(o_cmp, o_slc, o_swa, *gates, dtype)
+                found.append((o, torch.nn.functional.pad(scores, (0, blocks - scores.shape[2])), lse))
+        o, scores, lse = map(torch.cat, zip(*found, strict=True))
+        return {"o": o.view_as(case.outputs["o"]), "scores": scores, "lse": lse}
 
     def check(self, case: Case, queries: Tensor | None) -> Check:
-        block_indices = case.outputs["block_indices"]
+        p, block_indices = case.problem, case.outputs["block_indices"]
         unwritten = int((block_indices == -7).sum())
         if unwritten:
             return Check(False, {}, f"block_indices: {unwritten} elements were not written")
         wanted, eager = case.expected(), case.expected(None, case.dtype)
-        names = ("o_cmp", "o_swa")
-        outputs = {name: o.to(case.dtype) for name, o in zip(names, _together(case, *case.tensors["made"]), strict=True)}
-        found = check_floats({name: wanted[name] for name in names}, {name: eager[name] for name in names}, outputs, None)
-        found = self.at_rest(case, found)
+        found = check_floats({"o": wanted["o"]}, {"o": eager["o"]}, {"o": case.outputs["o"]}, None)
+        if bool(case.tensors["arrived"].any()):
+            return Check(False, found.errors, "arrived is not 0 again")
         seen = wanted["lse"][wanted["lse"].isfinite()]
         rtol = 2e-4 + 3.2e-5 * (float(seen.abs().max()) if len(seen) else 0.0)
-        if not selection_agrees(block_indices.flatten(0, 1), wanted["scores"], _topk(case.problem), rtol, self.positions(case)):
+        last = torch.tensor(case.seqlens, device=case.device) - 1
+        positions = (last[:, None] - torch.arange(p.tokens - 1, -1, -1, device=case.device)).flatten()
+        fields = {name: p[name] for name in ("selection_block", "count", "initial", "local")}
+        topk = Problem.of("select_topk", fields | {"varlen": True})
+        if not selection_agrees(block_indices.flatten(0, 1), wanted["scores"], topk, rtol, positions):
             return Check(False, found.errors, f"block_indices differ by more than ties within {rtol:.1e}")
         return found
 
     def flops(self, case: Case) -> int:
         p = case.problem
-        pairs = sum(reference.compressed_count(n, p.block, p.stride) + min(n, p.window) for n in case.seqlens) * p.tokens
+        chosen = p.count * p.selection_block
+        pairs = sum(reference.compressed_count(n, p.block, p.stride) + min(n, chosen) + min(n, p.window) for n in case.seqlens) * p.tokens
         return 2 * case.heads_query * (p.head_dim_qk + p.head_dim_v) * pairs
-
-
-def _topk(p: Problem) -> Problem:
-    fields = {name: p[name] for name in ("selection_block", "count", "initial", "local")}
-    return Problem.of("select_topk", fields | {"varlen": True})
-
-
-def _together(case: Case, part: Tensor, stat: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-    """``o [S*tokens,Hq,Dv]`` of compressed attention and of the window: partial results ``part [S,Hkv,parts,M,Dv]``,
-    ``stat [S,Hkv,parts,2,M]``, of which ``splits`` are the former's."""
-    p = case.problem
-    rows = p.group * p.tokens
-
-    def merged(part: Tensor, stat: Tensor) -> Tensor:
-        top, total = stat[:, :, :, 0, :rows], stat[:, :, :, 1, :rows]
-        weight = torch.exp2(top - top.amax(2, keepdim=True).nan_to_num(neginf=0.0))
-        used = (total > 0)[..., None]
-        o = (torch.where(used, part[:, :, :, :rows], 0.0) * weight[..., None]).sum(2)
-        o = o / (total * weight).sum(2).clamp(min=1e-30)[..., None]
-        o = o.unflatten(2, (p.tokens, p.group)).transpose(1, 2)  # [S, tokens, Hkv, G, Dv]
-        return o.reshape(-1, case.heads_query, o.shape[-1])
-
-    return merged(part[:, :, :splits], stat[:, :, :splits]), merged(part[:, :, splits:], stat[:, :, splits:])
-
-
-class _DecodeSelected(_Decode):
-    def build(self, case: Case, values: Values, workspace_bytes: int) -> None:
-        p, count = case.problem, len(case.seqlens)
-        _begin(case, values)
-        rows = {number: (0, n) for number, n in enumerate(case.seqlens)}
-        k = self.queries(case, values, case.total)
-        pages, (table,) = _paged(case, values, [rows])
-        case.tensors |= {"k_pages": pages[0], "v_pages": pages[1], "table": table}
-        k_scale = _scales(case, 1)
-        case.tensors |= {"k_scale": None if k_scale is None else k_scale[0], "v_scale": _scales(case, 0, 1, 2)}
-        if values.real:
-            _write(case, pages, table, rows, (k, values.normal(case.total, case.heads_kv, p.head_dim_v)), 1)
-        # Partial results of the other branches: more than are loaded at a time, or of long sequences about as many as there would be.
-        few = max(2, min(16, 256 // max(count * case.heads_kv, 1)))
-        splits, window = (20, 3) if case.max_seqlen < 4096 else (few, max(1, few // 8))
-        m = max(16, 1 << (p.group * p.tokens - 1).bit_length())
-        part = values.uniform(count, case.heads_kv, splits + window, m, p.head_dim_v)
-        stat = values.uniform(count, case.heads_kv, splits + window, 2, m)
-        indices = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
-        if values.real:
-            stat[..., 0, :].mul_(8)
-            for empty in (splits - 1, splits + window - 2)[: min(window, 2)]:  # parts without tokens
-                stat[:, :, empty, 0], stat[:, :, empty, 1] = -torch.inf, 0.0
-                part[:, :, empty] = 0.0
-            scores = values.scores(count * p.tokens, case.heads_kv, -(-case.max_seqlen // p.selection_block))
-            chosen = reference.select_at(scores, self.positions(case), p.selection_block, p.count, 1, min(1, p.count - 1))
-            indices.copy_(chosen.view_as(indices))
-        gates = [values.uniform(count, p.tokens, case.heads_query).to(case.dtype) for _ in range(3)]
-        case.tensors |= {"part": part, "stat": stat, "splits": splits, "block_indices": indices, "gates": tuple(gates)}
-        case.outputs["o"] = values.empty(count, p.tokens, case.heads_query, p.head_dim_v)
-
-    def run(self, case: Case, host: Any) -> None:
-        t = case.tensors
-        host(
-            t["q"], t["k_pages"], t["v_pages"], t["k_scale"], t["v_scale"], t["table"], t["slots"], t["lengths"], t["block_indices"],
-            t["part"], t["stat"], t["splits"], *t["gates"], t["arrived"], case.outputs["o"], t["scale"],
-        )  # fmt: skip
-
-    def expected(self, case: Case, queries: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        p, t, found = case.problem, case.tensors, []
-        for number, length in enumerate(case.seqlens):
-            k, v = (_read(case, x, 1) for x in _rows(case, (t["k_pages"], t["v_pages"]), t["table"], {number: (0, length)}))
-            for token in range(p.tokens):
-                q, how = self.alone(case, number, token, dtype)
-                blocks = t["block_indices"][number, token].expand(len(q), -1, -1)
-                found.append(reference.selected_attention(q, k, v, blocks, p.selection_block, **how)[0])
-        o_slc = torch.cat(found).view(*t["q"].shape[:3], -1)
-        dense = [x.view_as(o_slc) for x in _together(case, t["part"].double(), t["stat"].double(), t["splits"])]
-        if _fp8(case):
-            by_head = _factors(case, 0, 2).repeat_interleave(p.group, 1)[:, :, None]
-            dense = [x * factor for x, factor in zip(dense, by_head, strict=True)]
-        o_cmp, o_swa = (x.to(dtype) for x in dense)
-        return {"o": reference.combine(o_cmp, o_slc, o_swa, *t["gates"], dtype)}
-
-    def check(self, case: Case, queries: Tensor | None) -> Check:
-        return self.at_rest(case, check_floats(case.expected(), case.expected(None, case.dtype), case.outputs, None))
-
-    def flops(self, case: Case) -> int:
-        p = case.problem
-        seen = sum(min(n, p.count * p.selection_block) for n in case.seqlens) * p.tokens
-        return 2 * case.heads_query * (p.head_dim_qk + p.head_dim_v) * seen
 
 
 class _CacheAppend(Call):
@@ -393,7 +309,6 @@ class _CacheAppend(Call):
 
 
 CALLS: dict[str, Call] = {
-    "decode_dense_fwd": _DecodeDense(),
-    "decode_selected_fwd": _DecodeSelected(),
+    "decode_fwd": _Decode(),
     "cache_append": _CacheAppend(),
 }

@@ -9,58 +9,34 @@ SPACES: dict[str, Space] = {}
 
 _STAGES = (1, 2, 3, 4, 5, 6, 7)  # a pipeline of n stages holds n - 1 tiles of K and V
 _PROGRAMS = (64, 128, 256, 384, 512, 1024, 2048)
-SPACES["decode_dense_fwd"] = Space(
+SPACES["decode_fwd"] = Space(
     knobs=(
         Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens, or tokens of the window, a tile
         # Programs that share compressed tokens, of all sequences and KV heads together (half for windows), and the fewest tiles of one.
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
-        Knob("BLOCK_B", (16, 32, 64, 128, 256)),  # blocks at a time, when importance is put together
+        Knob("BLOCK_B", (16, 32, 64, 128, 256, 512)),  # blocks at a time, when importance is put together
         Knob("keep_sums", (False, True)),  # in L2, before keys and values, until importance is put together
-        Knob("num_warps", (1, 2, 4, 8)),
-        Knob("num_stages", _STAGES),
-        Knob("maxnreg", (None, 128, 168)),
-        Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
-    ),
-    defaults={
-        "": lambda p: _dense(p, 32),
-        "gfx942": lambda p: _dense(p, 32, room=32768),
-        "sm_90": lambda p: _dense(p, 64, room=98304) | {"unpack": _unpack(p)},
-        "sm_100": lambda p: _dense(p, 64, room=98304) | {"unpack": _unpack(p)},
-    },
-    safe=lambda p: _dense(p, 16) | {"num_stages": 1},
-    illegal=lambda p, c: _dense_fault(p, c),
-)
-SPACES["decode_selected_fwd"] = Space(
-    knobs=(
-        Knob("PROGRAMS", _PROGRAMS),  # of all new tokens and KV heads together; LEAST is the fewest blocks of one
-        Knob("LEAST", (1, 2, 4)),
+        Knob("chosen_stages", _STAGES),  # of the loop over chosen blocks
         Knob("sum_stages", (1, 2, 3, 5)),  # partial results under way, when they are put together
+        Knob("CHOSEN_PROGRAMS", _PROGRAMS),  # of all new tokens and KV heads together, and the fewest blocks of one
+        Knob("CHOSEN_LEAST", (1, 2, 4)),
+        Knob("chosen_warps", (1, 2, 4, 8)),
+        Knob("chain", (False, True)),  # each kernel's programs are there before the kernel before ends (NVIDIA GPUs from sm_90 on)
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", _STAGES),
-        Knob("maxnreg", (None, 128, 168)),
+        Knob("maxnreg", (None, 96, 128, 168)),
         Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
     ),
     defaults={
-        "": lambda p: _selected(p),
-        "gfx942": lambda p: _selected(p, room=32768),
-        "sm_90": lambda p: _selected(p, room=98304) | {"unpack": _unpack(p)},
-        "sm_100": lambda p: _selected(p, room=98304) | {"unpack": _unpack(p)},
+        "": lambda p: _decode(p, 32),
+        "gfx942": lambda p: _decode(p, 32, room=32768),
+        "sm_90": lambda p: _decode(p, 64, room=98304) | {"chain": True, "unpack": _unpack(p)},
+        "sm_100": lambda p: _decode(p, 64, room=98304) | {"chain": True, "unpack": _unpack(p)},
     },
-    safe=lambda p: _selected(p) | {"num_stages": 1, "sum_stages": 1},
-    illegal=lambda p, c: (
-        f"{c.LEAST} of {p.count} blocks" if p.count < c.LEAST
-        else f"blocks of {p.selection_block} keys on {c.num_warps} warps need too many registers" if c.num_warps < 4 and _large(p)
-        else _unpack_fault(p, c)
-    ),
-)  # fmt: skip
-
-
-def _selected(p: Problem, room: int = 65536) -> dict[str, Value]:
-    return {
-        "PROGRAMS": 256, "LEAST": min(2, p.count), "sum_stages": 3, "num_warps": 8 if _large(p) else 4,
-        "num_stages": _stages(p, p.selection_block, room), "maxnreg": None, "unpack": "cast",
-    }  # fmt: skip
+    safe=lambda p: _decode(p, 16) | {"num_stages": 1, "chosen_stages": 1, "sum_stages": 1},
+    illegal=lambda p, c: _decode_fault(p, c),
+)
 
 
 def _stages(p: Problem, rows: int, room: int) -> int:
@@ -78,9 +54,10 @@ SPACES["cache_append"] = Space(
         Knob("body", ("stream", "project")),
         Knob("BLOCK_K", (16, 32, 64), _PROJECT),
         Knob("BLOCK_U", (16, 32, 64), _PROJECT),
+        Knob("chain", (False, True)),  # a kernel that waits for what this one writes may start with it (NVIDIA GPUs from sm_90 on)
         Knob("num_warps", (1, 2, 4, 8)),
     ),
-    defaults={"": lambda p: _append(p, 32)},
+    defaults={"": lambda p: _append(p, 32)} | dict.fromkeys(("sm_90", "sm_100"), lambda p: _append(p, 32) | {"chain": True}),
     safe=lambda p: _append(p, 16),
     illegal=lambda p, c: (
         f"pooling {p.pooling} is computed by body {_append_body(p)}" if c.body != _append_body(p)
@@ -97,8 +74,8 @@ def _append_body(p: Problem) -> str:
 
 def _append(p: Problem, step: int) -> dict[str, Value]:
     if _append_body(p) == "stream":
-        return {"body": "stream", "num_warps": 1}
-    return {"body": "project", "BLOCK_K": step, "BLOCK_U": step, "num_warps": 8}
+        return {"body": "stream", "chain": False, "num_warps": 1}
+    return {"body": "project", "BLOCK_K": step, "BLOCK_U": step, "chain": False, "num_warps": 8}
 
 
 def _rows(p: Problem) -> int:
@@ -116,7 +93,7 @@ def _large(p: Problem) -> bool:
     return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
 
 
-def _dense(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
+def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     units = p.selection_block // p.stride
     rows = _rows(p)
     if p.dtype == "float32" or _padded(p) > 128:
@@ -124,12 +101,14 @@ def _dense(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
     return {
-        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "keep_sums": False, "num_warps": warps,
-        "num_stages": _stages(p, tile, room), "maxnreg": None, "unpack": "cast",
+        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "keep_sums": True,
+        "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_warps": 8 if _large(p) else 4,
+        "chosen_stages": _stages(p, p.selection_block, room), "sum_stages": 3, "chain": False, "num_warps": warps,
+        "num_stages": _stages(p, tile, min(room, 65536)), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
 
-def _dense_fault(p: Problem, c: Config) -> str | None:
+def _decode_fault(p: Problem, c: Config) -> str | None:
     units, rows = p.selection_block // p.stride, _rows(p)
     if p.page_size % c.BLOCK_N:
         return f"tiles of {c.BLOCK_N} rows do not fill pages of {p.page_size}"
@@ -139,6 +118,10 @@ def _dense_fault(p: Problem, c: Config) -> str | None:
         return f"{rows} rows by {c.BLOCK_N} keys and head dim {_padded(p)} need more registers than {c.num_warps} warps have"
     if rows * c.BLOCK_B > 64 * 32 * c.num_warps:
         return f"{rows} rows by {c.BLOCK_B} blocks need more registers than {c.num_warps} warps have"
+    if p.count < c.CHOSEN_LEAST:
+        return f"{c.CHOSEN_LEAST} of {p.count} blocks"
+    if c.chosen_warps < 4 and _large(p):
+        return f"blocks of {p.selection_block} keys on {c.chosen_warps} warps need too many registers"
     return _unpack_fault(p, c)
 
 

@@ -2,7 +2,7 @@
 
 problem 121b39c7dc95: dtype=bfloat16 storage=bfloat16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 pooling=mean hidden=0 hidden_v=0
     branches=1 page_size=64 tokens=1
-config  573d92df1632: body=stream num_warps=1
+config  e5260f643e66: body=stream chain=True num_warps=1
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -167,6 +167,7 @@ def cache_append_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel's programs may start, and wait for the results
     """One job of a sequence and head: a stream's new rows, or a compressed token of K, or of V."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)

@@ -2,7 +2,7 @@
 
 problem c51c72e7b823: dtype=bfloat16 storage=bfloat16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 pooling=mlp hidden=192 hidden_v=128
     branches=3 page_size=64 tokens=1
-config  278133850961: BLOCK_K=32 BLOCK_U=32 body=project num_warps=8
+config  fd7f59ab0c77: BLOCK_K=32 BLOCK_U=32 body=project chain=True num_warps=8
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -170,6 +170,7 @@ def cache_append_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel's programs may start, and wait for the results
     """One job of a sequence and head: a stream's new rows, or a compressed token of K, or of V."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)

@@ -46,7 +46,7 @@ def test_exceptions_have_their_kind(error, kind):
     assert found.fatal == (kind == "illegal_access")
 
 
-@pytest.mark.parametrize(("kernel", "point"), [("sliding_attention_fwd", Point(8192, 1, 4)), ("decode_selected_fwd", Point(131072, 32, 4))])
+@pytest.mark.parametrize(("kernel", "point"), [("sliding_attention_fwd", Point(8192, 1, 4)), ("decode_fwd", Point(131072, 32, 4))])
 def test_a_pool_compiles_for_a_gpu_that_is_not_here(tmp_path, kernel, point):
     device = from_name("nvidia-h200")
     wanted = problem(kernel, spec.load("gqa16-d128"))

@@ -361,11 +361,11 @@ def test_decode_rows_are_found_by_the_lookup(tmp_path, monkeypatch):
 
 def test_decode_rows_and_those_of_other_caches_stand_side_by_side(tmp_path):
     shapes = [TuneShape(batch=32, seqlen=8192)]
-    chosen = {"decode": True, "kernels": ["decode_selected_fwd"], "seqlens": None, "shapes": shapes, "trials": 6}
+    chosen = {"decode": True, "kernels": ["decode_fwd"], "seqlens": None, "shapes": shapes, "trials": 6}
     for cache in ({}, {"kv_dtype": FP8}, {"tokens": 4}, {"page_size": 128}):
         summary = tune(tmp_path, Machine(model=decode_milliseconds), **chosen, **cache)
         assert [(d.point.batch, d.point.seqlen) for d in summary.results[0].decisions] == [(32, 8192)]
-    rows = Table.load(tmp_path / "out" / "nvidia-h200" / "decode_selected_fwd.json").rows
+    rows = Table.load(tmp_path / "out" / "nvidia-h200" / "decode_fwd.json").rows
     keys = {(r.problem.storage, r.problem.page_size, r.problem.tokens) for r in rows}
     assert keys == {("bfloat16", 64, 1), (FP8, 64, 1), ("bfloat16", 64, 4), ("bfloat16", 128, 1)}
     assert all(r.batch_heads[0] <= 128 <= r.batch_heads[1] for r in rows)
@@ -392,8 +392,8 @@ def test_points_of_decoding():
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"decode": True, "kernels": ["sliding_attention_fwd"]}, ConfigError, "allowed: decode_dense_fwd.*without decode also"),
-        ({"kernels": ["decode_selected_fwd"]}, ConfigError, "with decode also: .*decode_selected_fwd"),
+        ({"decode": True, "kernels": ["sliding_attention_fwd"]}, ConfigError, "allowed: decode_fwd.*without decode also"),
+        ({"kernels": ["decode_fwd"]}, ConfigError, "with decode also: .*decode_fwd"),
         ({"decode": True, "kernels": None, "kv_dtype": "int8"}, ConfigError, "got 'int8', allowed: bfloat16, float8_e4m3fn"),
         ({"decode": True, "kernels": None, "page_size": 96}, ConfigError, "got 96, allowed: multiples of the selection block, 64"),
         ({"decode": True, "kernels": None, "tokens": 0}, ConfigError, "got 0, allowed: 1 to 8"),

@@ -1,8 +1,9 @@
-"""decode_dense_fwd, rendered by nsa-gen from templates/decode_dense_fwd.py.jinja. Do not edit: change the template.
+"""decode_fwd, rendered by nsa-gen from templates/decode_fwd.py.jinja. Do not edit: change the template.
 
-problem 4c1c5dfcd6e2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
-    initial=1 local=2 mapping=overlap window=512 page_size=64 tokens=1
-config  56f40566c638: BLOCK_B=64 BLOCK_N=32 LEAST=4 PROGRAMS=256 keep_sums=False maxnreg=None num_stages=4 num_warps=8 unpack=cast
+problem 901645d869fd: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
+    initial=1 local=2 mapping=overlap window=512 branches=1 page_size=64 tokens=1
+config  34867d3959e1: BLOCK_B=128 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 chain=True chosen_stages=4
+    chosen_warps=4 keep_sums=True maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -237,20 +238,26 @@ def weight(unit, PER_BLOCK: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """[ROWS, D_PAD] from row0 on, counted over the rows of all pages and heads, which are D long; in one page. 0 from `count` rows on, and
-    past column D."""
+    """[ROWS, D_PAD] from row0 on, counted over the rows of all pages and heads, which are D long; in one page. 0 past column D, and from
+    `count` rows on; with `count` None these hold anything."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PAD)[None, :]
-    inside = (row < count) & (column < D) if D_PAD > D else row < count
-    return tl.load(pages_ptr + row0 * D + row * D + column, mask=inside, other=0.0)
+    x_ptr = pages_ptr + row0 * D + (row * D + column)
+    if count is not None:
+        x = tl.load(x_ptr, mask=(row < count) & (column < D) if D_PAD > D else row < count, other=0.0)
+    elif D_PAD > D:
+        x = tl.load(x_ptr, mask=column < D, other=0.0)
+    else:
+        x = tl.load(x_ptr)
+    return x
 
 
 @triton.jit
-def attend(products, seen, top, totals, qk_scale, dtype: tl.constexpr):
-    """A tile's products of queries and keys into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of
+def attend(scores, seen, top, totals, dtype: tl.constexpr):
+    """A tile's scores, times log2(e), into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of
     the tile's values [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen
     nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
-    scores = tl.where(seen, products * qk_scale, -float("inf"))
+    scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
     prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
     new_top = tl.maximum(top, tile_top)
@@ -292,7 +299,7 @@ def last_to_arrive(arrived_ptr, programs):
 
 
 @triton.jit
-def decode_dense_fwd_kernel(
+def decode_fwd_kernel(
     q_ptr,  # [S, TOKENS, Hq, D_QK]
     k_ptr,  # [pages, Hkv, PAGE, D_QK]
     v_ptr,  # [pages, Hkv, PAGE, D_V]
@@ -343,13 +350,13 @@ def decode_dense_fwd_kernel(
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
+    tl.extra.cuda.gdc_wait()  # for what the kernel before has written: programs may be there earlier
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     part = tl.program_id(2)  # programs of the window start last
     heads = tl.num_programs(0)
     parts = tl.num_programs(2)
     sliding = part >= splits
-    sharing = tl.where(sliding, parts - splits, splits)
     slot = tl.load(slot_ptr + sequence)
     length = tl.load(length_ptr + slot)
     table = tl.where(sliding, sliding_ptr, compressed_ptr) + slot.to(tl.int64) * max_pages
@@ -358,9 +365,25 @@ def decode_dense_fwd_kernel(
     position = length - TOKENS + row // G
     # The keys [oldest, newest] that a row sees: compressed tokens, or tokens.
     newest = tl.where(sliding, position, tl.maximum(position + 1 - BLOCK + STRIDE, 0) // STRIDE - 1)
-    newest = tl.where(valid, newest, -1)
     oldest = tl.where(sliding, position - WINDOW + 1, 0)
     keys = tl.where(sliding, length, tl.maximum(length - BLOCK + STRIDE, 0) // STRIDE)
+    first_key = tl.where(sliding, tl.maximum(length - TOKENS - WINDOW + 1, 0), 0)
+    end_key = keys
+    sharing = splits
+    number = part
+    local = tl.maximum(position // SELECTED - LOCAL + 1, 0) * SELECTED  # where a row's local blocks begin
+    if sliding:
+        if part == parts - 1:
+            oldest = local
+            first_key = tl.maximum((length - TOKENS) // SELECTED - LOCAL + 1, 0) * SELECTED
+            sharing = 1
+            number = 0
+        else:
+            newest = local - 1
+            end_key = tl.maximum((length - 1) // SELECTED - LOCAL + 1, 0) * SELECTED
+            sharing = parts - splits - 1
+            number = part - splits
+    newest = tl.where(valid, newest, -1)
     here = sequence.to(tl.int64) * heads + head
 
     column = tl.arange(0, DQ)
@@ -372,10 +395,10 @@ def decode_dense_fwd_kernel(
     top = tl.full([M], -float("inf"), tl.float32)
     totals = tl.zeros([M, BLOCK_N], tl.float32)
     o = tl.zeros([M, DV], tl.float32)
-    first = tl.where(sliding, tl.maximum(length - TOKENS - WINDOW + 1, 0) // BLOCK_N, 0)
-    used = (keys + BLOCK_N - 1) // BLOCK_N
-    each = (used - first + sharing - 1) // sharing
-    begin = first + tl.where(sliding, part - splits, part) * each
+    first = first_key // BLOCK_N
+    used = (end_key + BLOCK_N - 1) // BLOCK_N
+    each = tl.maximum(used - first + sharing - 1, 0) // sharing
+    begin = first + number * each
     group = tl.arange(0, BLOCK_N // UNITS)[:, None]
     lag = tl.arange(0, PLANES)[None, :]
     count = weight(tl.arange(0, UNITS)[None, :] - tl.arange(0, PLANES)[:, None] * UNITS, UNITS, BLOCK // STRIDE)
@@ -388,12 +411,12 @@ def decode_dense_fwd_kernel(
         key0 = tile * BLOCK_N
         row0 = (page.to(tl.int64) * heads + head) * PAGE + key0 % PAGE
         page = tl.load(table + (key0 + BLOCK_N) // PAGE, mask=tile + 1 < end, other=0)
-        k = load_rows(k_ptr, row0, keys - key0, BLOCK_N, D_QK, DQ)
+        k = load_rows(k_ptr, row0, None, BLOCK_N, D_QK, DQ)
         v = load_rows(v_ptr, row0, keys - key0, BLOCK_N, D_V, DV)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         key = (key0 + tl.arange(0, BLOCK_N))[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
-        top, totals, weights, old, prob, tile_top = attend(products, seen, top, totals, qk_scale, q.dtype)
+        top, totals, weights, old, prob, tile_top = attend(scores, seen, top, totals, q.dtype)
         o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
         tl.store(tops + tile * M + row, tile_top, mask=part < splits)
         # All lags in one store: each takes a change of layout, in which warps wait for each other.
@@ -401,13 +424,14 @@ def decode_dense_fwd_kernel(
         to = tile * (BLOCK_N // UNITS) + group + lag
         fits = (lag < LAGS) & (to < blocks) & (part < splits)
         place = sums + ((lag * blocks + to) * M)[None] + row[:, None, None]
-        tl.store(place, given, mask=fits[None], eviction_policy="")
+        tl.store(place, given, mask=fits[None], eviction_policy="evict_last")
 
     column = tl.arange(0, DV)
     place = here * parts + part
     tl.store(part_ptr + (place * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
     tl.store(stat_ptr + place * (2 * M) + row, top)
     tl.store(stat_ptr + place * (2 * M) + M + row, tl.sum(totals, 1))
+    tl.extra.cuda.gdc_launch_dependents()  # the second kernel's programs may start, and wait for the results
     if part >= splits:
         return
     if last_to_arrive(arrived_ptr + here, splits):
@@ -415,9 +439,9 @@ def decode_dense_fwd_kernel(
         top, total = softmax_of(stat_ptr + here * parts * (2 * M), splits, row, M)
         factor = 1.0 / total
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 64):
-            block = block0 + tl.arange(0, 64)
-            importance = tl.zeros([64, M], tl.float32)
+        for block0 in range(0, last + 1, 128):
+            block = block0 + tl.arange(0, 128)
+            importance = tl.zeros([128, M], tl.float32)
             for back in tl.static_range(LAGS):
                 # All in one layout, tops loaded block by block: nothing but memory is waited for, and once for all lags.
                 exists = ((block >= back) & (block <= last) & (block - back < used * (BLOCK_N // UNITS)))[:, None]
@@ -437,87 +461,251 @@ def decode_dense_fwd_kernel(
             choose(row_of, chosen, current, COUNT, SLOTS, INITIAL, LOCAL, GROUPS, BITS, LEAST, WIDTH, RESIDENT)
 
 
+@triton.jit
+def load_gate(gate_ptr, place, valid, v_scale_ptr, which):
+    """A branch's gates of one token's rows, [G_PAD] fp32, times what stored values are multiplied by, if they are."""
+    gate = tl.load(gate_ptr + place, mask=valid, other=0.0).to(tl.float32)
+    if v_scale_ptr is not None:
+        gate *= tl.load(v_scale_ptr + which)
+    return gate
+
+
+@triton.jit
+def decode_chosen_fwd_kernel(
+    q_ptr,  # all as above, but for:
+    k_ptr,
+    v_ptr,
+    selected_ptr,  # [slots, max_pages] int32: pages of the selected branch
+    k_selected_scale_ptr,  # [Hkv] fp32, as k_scale, of the selected branch
+    v_scale_ptr,  # [3, Hkv] fp32, of compressed V, the selected and the sliding branch's
+    slot_ptr,
+    length_ptr,
+    index_ptr,
+    dense_part_ptr,
+    dense_stat_ptr,
+    g_cmp_ptr,  # [S, TOKENS, Hq]
+    g_slc_ptr,
+    g_swa_ptr,
+    part_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD, D_V] fp32: of chosen blocks, not divided by the total, and of the other branches
+    stat_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD] fp32
+    arrived_ptr,  # [S, TOKENS, Hkv] int32, 0
+    o_ptr,  # [S, TOKENS, Hq, D_V], contiguous
+    scale: tl.float32,
+    heads: tl.int32,
+    max_pages: tl.int32,
+    splits: tl.int32,
+    parts: tl.int32,
+    stride_qs: tl.int64,
+    stride_qt: tl.int64,
+    stride_qh: tl.int64,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    M: tl.constexpr,
+    D_QK: tl.constexpr,
+    DQ: tl.constexpr,
+    D_V: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    COUNT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LOCAL: tl.constexpr,
+    TYPES: tl.constexpr,
+):
+    head = tl.program_id(0) % heads
+    token = tl.program_id(0) // heads
+    sequence = tl.program_id(1)
+    piece = tl.program_id(2)
+    pieces = tl.num_programs(2)
+    slot = tl.load(slot_ptr + sequence)
+    length = tl.load(length_ptr + slot)
+    position = length - TOKENS + token
+    member = tl.arange(0, G_PAD)
+    valid = member < G
+    column = tl.arange(0, DQ)
+    q_rows = sequence.to(tl.int64) * stride_qs + token * stride_qt + (head * G + member) * stride_qh
+    q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
+    qk_scale = scale * 1.4426950408889634
+    if k_selected_scale_ptr is not None:
+        qk_scale *= tl.load(k_selected_scale_ptr + head)
+    column = tl.arange(0, DV)
+    inside = valid[:, None] & (column < D_V)[None, :]
+    here = (sequence.to(tl.int64) * TOKENS + token) * heads + head
+    place = here * G + member
+    g_cmp = load_gate(g_cmp_ptr, place, valid, v_scale_ptr, head)
+    g_slc = load_gate(g_slc_ptr, place, valid, v_scale_ptr, heads + head)
+    g_swa = load_gate(g_swa_ptr, place, valid, v_scale_ptr, 2 * heads + head)
+    tl.extra.cuda.gdc_wait()  # for all of the first kernel's results
+    slots = tl.arange(0, SLOTS)
+    indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
+    # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
+    page = tl.load(selected_ptr + slot.to(tl.int64) * max_pages + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
+    # While they come: a share of the partial results of compressed attention (the first `splits`) and the window.
+    of_head = (sequence.to(tl.int64) * heads + head) * parts
+    rows = tl.minimum(token * G + member, M - 1)
+    dense = dense_part_ptr + (of_head * M + rows)[:, None] * D_V + column[None, :]
+    stats = dense_stat_ptr + of_head * (2 * M)
+    cmp_top, cmp_total = softmax_of(stats, splits, rows, M)
+    swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M)
+    cmp_factor, swa_factor = g_cmp / cmp_total, g_swa / swa_total
+    others = tl.zeros([G_PAD, DV], tl.float32)
+    for i in tl.range(piece, parts, pieces, num_stages=3):
+        given = tl.load(dense + i * (M * D_V), mask=inside, other=0.0)
+        weight = tl.exp2(tl.load(stats + i * (2 * M) + rows) - tl.where(i < splits, cmp_top, swa_top))
+        others += given * (weight * tl.where(i < splits, cmp_factor, swa_factor))[:, None]
+    row_of = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
+    chosen = tl.sum((indices >= 0).to(tl.int32), 0)
+    inner = tl.arange(0, SELECTED)
+    # The last ones are local: what was added up for them, the last part, is where the first piece begins.
+    chosen -= tl.minimum(LOCAL, position // SELECTED + 1)
+    begun = stats + (parts - 1) * (2 * M) + rows
+    first = valid & (piece == 0)
+    o = tl.load(dense + (parts - 1) * (M * D_V), mask=inside & first[:, None], other=0.0)
+    top = tl.load(begun, mask=first, other=-float("inf"))
+    totals = tl.where(inner[None, :] == 0, tl.load(begun + M, mask=first, other=0.0)[:, None], 0.0)
+    each = (chosen + pieces - 1) // pieces
+    for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=4):
+        key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
+        row0 = tl.sum(tl.where(slots == i, row_of, 0), 0)
+        k = load_rows(k_ptr, row0, None, SELECTED, D_QK, DQ)
+        v = load_rows(v_ptr, row0, length - key0, SELECTED, D_V, DV)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        seen = key0 + inner <= position
+        top, totals, weights, old, _, _ = attend(scores, seen[None, :], top, totals, q.dtype)
+        o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
+    total = tl.sum(totals, 1)
+    last = pieces == 1
+    if pieces > 1:
+        of_piece = part_ptr + (here * pieces + piece) * (2 * G_PAD * D_V) + member[:, None] * D_V + column[None, :]
+        tl.store(of_piece, o, mask=inside)
+        tl.store(of_piece + G_PAD * D_V, others, mask=inside)
+        stats = stat_ptr + here * pieces * (2 * G_PAD)
+        tl.store(stats + piece * (2 * G_PAD) + member, top)
+        tl.store(stats + piece * (2 * G_PAD) + G_PAD + member, total)
+        last = last_to_arrive(arrived_ptr + here, pieces)
+        if last:
+            top, total = softmax_of(stats, pieces, member, G_PAD)
+            o = tl.zeros([G_PAD, DV], tl.float32)
+            others = tl.zeros([G_PAD, DV], tl.float32)
+            for i in tl.range(0, pieces, num_stages=3):
+                of_piece = part_ptr + (here * pieces + i) * (2 * G_PAD * D_V) + member[:, None] * D_V + column[None, :]
+                weight = tl.exp2(tl.load(stats + i * (2 * G_PAD) + member) - top)
+                o += tl.load(of_piece, mask=inside, other=0.0) * weight[:, None]
+                others += tl.load(of_piece + G_PAD * D_V, mask=inside, other=0.0)
+    if last:
+        factor = g_slc / tl.where(total > 0, total, 1.0)  # o is 0 where total is
+        tl.store(o_ptr + place[:, None] * D_V + column[None, :], (others + o * factor[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
+
+
+def types(*tensors):
+    """A constant that tells binaries apart by which tensors are fp32, and which are None."""
+    return sum((0 if x is None else 1 if x.dtype == torch.float32 else 2) * 3**i for i, x in enumerate(tensors))
+
+
 _TOKENS = 1
 _M = 16
+_G_PAD = 16
 _BLOCK = 64
-_BLOCK_N = 32
+_BLOCK_N = 64
 _LAGS = 2
-_UNITS = 4
-_WARPS = 8
+_WARPS = 4
 _LEAST = max(128 * _WARPS, 32)
-_dense = Launcher(
-    decode_dense_fwd_kernel,
+_COMMON = {
+    "G": 16,
+    "TOKENS": _TOKENS,
+    "M": _M,
+    "D_QK": 128,
+    "DQ": 128,
+    "D_V": 128,
+    "DV": 128,
+    "PAGE": 64,
+    "SELECTED": _BLOCK,
+    "COUNT": 16,
+    "SLOTS": 16,
+    "LOCAL": 2,
+}
+_decode = Launcher(
+    decode_fwd_kernel,
     {
-        "G": 16,
-        "TOKENS": _TOKENS,
-        "M": _M,
-        "D_QK": 192,
-        "DQ": 256,
-        "D_V": 128,
-        "DV": 128,
-        "PAGE": 64,
+        **_COMMON,
         "BLOCK": 32,
         "STRIDE": 16,
-        "SELECTED": _BLOCK,
-        "UNITS": _UNITS,
+        "UNITS": 4,
         "LAGS": _LAGS,
         "PLANES": 2,
-        "COUNT": 16,
-        "SLOTS": 16,
         "INITIAL": 1,
-        "LOCAL": 2,
         "GROUPS": 32,
         "BITS": 4,
         "LEAST": _LEAST,
         "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
-        "STAGES": 4,
+        "STAGES": 3,
     },
     num_warps=_WARPS,
-    num_stages=4,
+    num_stages=3,
     maxnreg=None,
+    launch_pdl=True,
+)
+_decode_chosen = Launcher(
+    decode_chosen_fwd_kernel,
+    {
+        **_COMMON,
+        "G_PAD": _G_PAD,
+    },
+    num_warps=4,
+    num_stages=4,
+    launch_pdl=True,
 )
 
 
-def decode_dense_fwd(
-    q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, arrived, block_indices, max_seqlen, scale
-):
-    """Attention of a few new tokens to compressed tokens (paper eq. 8) and the window, as partial results, and the blocks they choose
-    (eqs. 9-11).
+def decode_fwd(
+    q, k_pages, v_pages, k_scale, k_selected_scale, v_scale, compressed, selected, sliding, slots, lengths, arrived, g_cmp, g_slc, g_swa,
+    block_indices, o, max_seqlen, scale,
+):  # fmt: skip
+    """Native Sparse Attention of a few new tokens of each sequence, from pages (paper eqs. 5-12, but for the compression).
 
     Args:
         q: [S, 1, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
         k_pages, v_pages: [pages, Hkv, 64, D] contiguous.
-        k_scale: [2, Hkv] fp32, what stored keys are multiplied by, compressed and of the window, or None; values are not multiplied.
-        compressed, sliding: [slots, max_pages] int32 contiguous: pages of compressed tokens, and of the sliding branch's tokens.
+        k_scale: [2, Hkv] fp32, what stored keys are multiplied by, compressed and of the window, or None.
+        k_selected_scale: [Hkv] fp32, the same of the selected branch, or None.
+        v_scale: [3, Hkv] fp32 of compressed V, the selected and the sliding branch's, or None.
+        compressed, selected, sliding: [slots, max_pages] int32 contiguous: pages of compressed tokens and of the branches' tokens.
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
-        arrived: [at least S * Hkv] int32, 0; left so.
+        arrived: [at least S * tokens * Hkv] int32, 0; left so.
+        g_cmp, g_slc, g_swa: [S, tokens, Hq] contiguous, of one dtype.
         block_indices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
+        o: [S, tokens, Hq, D_V] contiguous, written.
         max_seqlen: no sequence is longer.
-
-    Returns:
-        part [S, Hkv, parts, M, D_V] fp32, stat [S, Hkv, parts, 2, M] fp32, and how many of the parts are of compressed tokens (they come
-        first, the window's last), with M >= tokens * group rows (token, then group member): what a program adds up to for its own maximum,
-        that maximum in the log2 domain and the sum of weights.
     """
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
     blocks = -(-max_seqlen // _BLOCK) + 3 & ~3
     tiles = -(-(max_seqlen // 16) // _BLOCK_N) + 1
     share = 256 // max(sequences * heads, 1)
     splits = max(min(share, tiles // 4), 1)
-    parts = splits + max(min(share // 2, (513 // _BLOCK_N + 1) // 4), 1)
-    part = torch.empty((sequences, heads, parts, _M, v_pages.shape[3]), dtype=torch.float32, device=device)
-    stat = torch.empty((sequences, heads, parts, 2, _M), dtype=torch.float32, device=device)
-    sums = torch.empty((sequences, heads, _LAGS, blocks, _M), dtype=torch.float32, device=device)
-    tops = torch.empty((sequences, heads, tiles, _M), dtype=torch.float32, device=device)
-    scores = torch.empty((sequences, _TOKENS, heads, blocks), dtype=torch.float32, device=device)
+    parts = splits + max(min(share // 2, (513 // _BLOCK_N + 1) // 4), 1) + 1
+
+    def made(*shape):
+        return torch.empty((sequences, *shape), dtype=torch.float32, device=device)
+
+    part = made(heads, parts, _M, v_pages.shape[3])
+    stat = made(heads, parts, 2, _M)
     width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
     resident = width <= 1024 * _WARPS
-    _dense(
+    _decode(
         (heads, sequences, parts),
-        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, sums, tops, scores, block_indices, arrived,
+        q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, made(heads, _LAGS, blocks, _M),
+        made(heads, tiles, _M), made(_TOKENS, heads, blocks), block_indices, arrived,
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip
-    return part, stat, splits
+    pieces = max(min(128 // max(sequences * _TOKENS * heads, 1), 16 // 2), 1)
+    _decode_chosen(
+        (_TOKENS * heads, sequences, pieces),
+        q, k_pages, v_pages, selected, k_selected_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
+        made(_TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), made(_TOKENS, heads, pieces, 2, _G_PAD), arrived, o,
+        scale, heads, compressed.shape[1], splits, parts, *q.stride()[:3],
+        TYPES=types(g_cmp),
+    )  # fmt: skip
