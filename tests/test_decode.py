@@ -118,6 +118,7 @@ def test_forced_blocks(initial, local, count, window):
     [
         {"LEAST": 8, "num_stages": 2, "chosen_stages": 3}, {"LEAST": 2}, {"BLOCK_N": 32},
         {"BLOCK_B": 64, "num_stages": 3, "keep_sums": False}, {"CHOSEN_LEAST": 4, "sum_stages": 3}, {"CHOSEN_PROGRAMS": 64},
+        {"BLOCK_B": 16, "block_stages": 2},
     ],
 )  # fmt: skip
 def test_splits_and_pieces_do_not_change_the_result(changes):

@@ -16,6 +16,7 @@ SPACES["decode_fwd"] = Space(
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
         Knob("BLOCK_B", (16, 32, 64, 128, 256, 512)),  # blocks at a time, when importance is put together
+        Knob("block_stages", (1, 2, 3, 4)),
         Knob("keep_sums", (False, True)),  # in L2, before keys and values, until importance is put together
         Knob("chosen_stages", _STAGES),  # of the loop over chosen blocks
         Knob("sum_stages", (1, 2, 3, 5)),  # partial results under way, when they are put together
@@ -101,10 +102,10 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
     return {
-        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "keep_sums": True,
+        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
         "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_warps": 8 if _large(p) else 4,
         "chosen_stages": _stages(p, p.selection_block, room), "sum_stages": 3, "chain": False, "num_warps": warps,
-        "num_stages": _stages(p, tile, min(room, 65536)), "maxnreg": None, "unpack": "cast",
+        "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 problem 901645d869fd: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 branches=1 page_size=64 tokens=1
-config  34867d3959e1: BLOCK_B=128 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 chain=True chosen_stages=4
-    chosen_warps=4 keep_sums=True maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
+config  49659efe40d4: BLOCK_B=128 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
+    chosen_stages=4 chosen_warps=4 keep_sums=True maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -439,7 +439,7 @@ def decode_fwd_kernel(
         top, total = softmax_of(stat_ptr + here * parts * (2 * M), splits, row, M)
         factor = 1.0 / total
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 128):
+        for block0 in tl.range(0, last + 1, 128, num_stages=1):
             block = block0 + tl.arange(0, 128)
             importance = tl.zeros([128, M], tl.float32)
             for back in tl.static_range(LAGS):
@@ -541,11 +541,18 @@ def decode_chosen_fwd_kernel(
     indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
     # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
     page = tl.load(selected_ptr + slot.to(tl.int64) * max_pages + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
-    # While they come: a share of the partial results of compressed attention (the first `splits`) and the window.
+    # While they come: partial results of compressed attention (the first `splits`) and the window.
     of_head = (sequence.to(tl.int64) * heads + head) * parts
     rows = tl.minimum(token * G + member, M - 1)
     dense = dense_part_ptr + (of_head * M + rows)[:, None] * D_V + column[None, :]
     stats = dense_stat_ptr + of_head * (2 * M)
+    inner = tl.arange(0, SELECTED)
+    # The last chosen blocks are local: what was added up for them, the last part, is where the first piece begins.
+    begun = stats + (parts - 1) * (2 * M) + rows
+    first = valid & (piece == 0)
+    o = tl.load(dense + (parts - 1) * (M * D_V), mask=inside & first[:, None], other=0.0)
+    top = tl.load(begun, mask=first, other=-float("inf"))
+    totals = tl.where(inner[None, :] == 0, tl.load(begun + M, mask=first, other=0.0)[:, None], 0.0)
     cmp_top, cmp_total = softmax_of(stats, splits, rows, M)
     swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M)
     cmp_factor, swa_factor = g_cmp / cmp_total, g_swa / swa_total
@@ -556,14 +563,7 @@ def decode_chosen_fwd_kernel(
         others += given * (weight * tl.where(i < splits, cmp_factor, swa_factor))[:, None]
     row_of = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
     chosen = tl.sum((indices >= 0).to(tl.int32), 0)
-    inner = tl.arange(0, SELECTED)
-    # The last ones are local: what was added up for them, the last part, is where the first piece begins.
     chosen -= tl.minimum(LOCAL, position // SELECTED + 1)
-    begun = stats + (parts - 1) * (2 * M) + rows
-    first = valid & (piece == 0)
-    o = tl.load(dense + (parts - 1) * (M * D_V), mask=inside & first[:, None], other=0.0)
-    top = tl.load(begun, mask=first, other=-float("inf"))
-    totals = tl.where(inner[None, :] == 0, tl.load(begun + M, mask=first, other=0.0)[:, None], 0.0)
     each = (chosen + pieces - 1) // pieces
     for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=4):
         key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED

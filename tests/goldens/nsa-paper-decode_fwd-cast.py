@@ -2,8 +2,8 @@
 
 problem e80a351032f2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 branches=3 page_size=64 tokens=1
-config  928378906da5: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 chain=True chosen_stages=3
-    chosen_warps=8 keep_sums=True maxnreg=None num_stages=3 num_warps=8 sum_stages=3 unpack=cast
+config  b032aa255406: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
+    chosen_stages=3 chosen_warps=8 keep_sums=True maxnreg=None num_stages=3 num_warps=8 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -430,7 +430,7 @@ def decode_fwd_kernel(
         top, total = softmax_of(stat_ptr + here * parts * (2 * M), splits, row, M)
         factor = 1.0 / total
         last = (length - 1) // SELECTED
-        for block0 in range(0, last + 1, 64):
+        for block0 in tl.range(0, last + 1, 64, num_stages=1):
             block = block0 + tl.arange(0, 64)
             importance = tl.zeros([64, M], tl.float32)
             for back in tl.static_range(LAGS):
@@ -532,11 +532,15 @@ def decode_chosen_fwd_kernel(
     indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
     # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
     page = tl.load(selected_ptr + slot.to(tl.int64) * max_pages + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
-    # While they come: a share of the partial results of compressed attention (the first `splits`) and the window.
+    # While they come: partial results of compressed attention (the first `splits`) and the window.
     of_head = (sequence.to(tl.int64) * heads + head) * parts
     rows = tl.minimum(token * G + member, M - 1)
     dense = dense_part_ptr + (of_head * M + rows)[:, None] * D_V + column[None, :]
     stats = dense_stat_ptr + of_head * (2 * M)
+    inner = tl.arange(0, SELECTED)
+    o = tl.zeros([G_PAD, DV], tl.float32)
+    top = tl.full([G_PAD], -float("inf"), tl.float32)
+    totals = tl.zeros([G_PAD, SELECTED], tl.float32)
     cmp_top, cmp_total = softmax_of(stats, splits, rows, M)
     swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M)
     cmp_factor, swa_factor = g_cmp / cmp_total, g_swa / swa_total
@@ -547,10 +551,6 @@ def decode_chosen_fwd_kernel(
         others += given * (weight * tl.where(i < splits, cmp_factor, swa_factor))[:, None]
     row_of = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
     chosen = tl.sum((indices >= 0).to(tl.int32), 0)
-    inner = tl.arange(0, SELECTED)
-    o = tl.zeros([G_PAD, DV], tl.float32)
-    top = tl.full([G_PAD], -float("inf"), tl.float32)
-    totals = tl.zeros([G_PAD, SELECTED], tl.float32)
     each = (chosen + pieces - 1) // pieces
     for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=3):
         key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
