@@ -1,4 +1,4 @@
-"""The calls of a decoding step that ``nsa-gen bench --decode`` measures: from a filled cache, whole and by part, and full attention's."""
+"""What ``nsa-gen bench --decode`` measures: a step from a filled cache, with and without the append, and full attention's."""
 
 from __future__ import annotations
 

@@ -44,6 +44,11 @@ class Device:
         """Whether kernels can read and write ``float8_e4m3fn``: NVIDIA GPUs from sm_89 on, and the interpreter."""
         return self.backend == "cpu" or (self.backend == "cuda" and int(self.arch[3:]) >= 89)
 
+    @property
+    def chains(self) -> bool:
+        """Whether a kernel's programs can be there before the kernel before it ends (programmatic dependent launch): from sm_90 on."""
+        return self.backend == "cuda" and int(self.arch[3:]) >= 90
+
     def triton_target(self) -> Any:
         """The ``triton.backends.compiler.GPUTarget`` to compile for: ``("cuda", 90, 32)``, ``("hip", "gfx942", 64)``.
 

@@ -217,6 +217,8 @@ def _nearness(keys: tuple[Problem, ...], shape: Shape, origin: str, row: Row) ->
 def _unusable(row: Row, problem: Problem, device: Device) -> str | None:
     if row.resources["shared"] > device.shared_bytes:
         return f"needs {row.resources['shared']} bytes of shared memory, {device.slug} has {device.shared_bytes}"
+    if row.config.as_dict().get("chain") and not device.chains:
+        return f"chains its launches, {device.slug} does not"
     try:
         space.check(problem, row.config)
     except ConfigError as error:

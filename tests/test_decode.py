@@ -10,7 +10,7 @@ import pytest
 import torch
 from gradient_cases import DEVICE, held, module, runs
 
-from nsa_gen import config, inputs, render, space, spec
+from nsa_gen import config, inputs, kernels, render, space, spec
 from nsa_gen.config import Config, Problem
 from nsa_gen.errors import ConfigError
 
@@ -136,9 +136,10 @@ def test_more_splits_than_are_put_together_at_a_time(branches):
 
 
 @runs
+@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 500])
-def test_windows(window):
-    p = problem(window=window)
+def test_windows(branches, window):
+    p = problem(window=window, branches=branches)
     held(p, built(p), EDGES[::2])
 
 
@@ -188,11 +189,38 @@ def test_the_space_refuses_what_cannot_be_built(given, changes, why):
         built(problem(**given), **changes)
 
 
+def test_a_list_of_all_legal_configs_begins_at_once():
+    """Of millions: what is illegal is not walked through before the first that is legal."""
+    p = problem(selection_block=128, page_size=128, dtype="bfloat16", head_dim_qk=128, head_dim_v=128)
+    found = list(itertools.islice(space.candidates(p), 200))
+    assert len(set(found)) == 200
+    assert {c.BLOCK_N for c in found} <= {32, 64, 128}, "a tile of 16 holds no whole block"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["bfloat16", FP8])
+def test_chained_launches_change_no_bit(storage):
+    """Again and again, nothing waited for in between: programs that come early see all that was written before."""
+    if not kernels.default_device().chains:
+        pytest.skip("no programmatic dependent launch")
+    p = problem(dtype="bfloat16", storage=storage, group=16, head_dim_qk=128, head_dim_v=128, tokens=2, page_size=64)
+    found = []
+    for chain in (False, True):
+        case = inputs.case(p, seqlens=(9000, 3, 700, 64), heads_kv=4, device=DEVICE)
+        made = module(p, built(p, chain=chain, LEAST=4, BLOCK_N=32))
+        for _ in range(50):
+            case.poison()
+            case.run(made)
+        assert case.check().ok
+        found.append(case.outputs)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("name", spec.names())
 def test_defaults_are_legal(name):
     for dtype, fp8, tokens, kernel in itertools.product(("bfloat16", "float32"), (False, True), (1, 3, 8), config.SERVING):
         made = spec.load(name).replace(dtype=dtype)
-        p = config.problem(kernel, made, which=config.Cached(FP8 if fp8 else dtype, max(64, made.selection.block), tokens))
+        p = config.problem(kernel, made, which=config.cache_of(made, FP8 if fp8 else None, tokens=tokens))
         assert space.safe(p) and all(space.default(p, arch) for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
 
 
@@ -213,8 +241,8 @@ arch = sys.argv[1]
 there, found = device.from_name(arch), []
 wide = {"head_dim_qk": 256, "head_dim_v": 256, "selection_block": 128, "page_size": 128}
 few = {"storage": FP8, "head_dim_qk": 16, "head_dim_v": 16}
-apart = {"storage": FP8, "branches": 3}
-for changes in ({}, apart, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}, few, wide) if arch == "sm_90" else ({},):
+apart = {"branches": 3}
+for changes in ({}, {"storage": FP8}, apart, {"tokens": 4}, {"head_dim_qk": 192, "group": 3}, few, wide) if arch == "sm_90" else ({},):
     key = {"dtype": "bfloat16", "group": 16, "head_dim_qk": 128, "head_dim_v": 128, "block": 32, "stride": 16, "selection_block": 64}
     p = problem(**{**key, "count": 16, "local": 2, "window": 512, "page_size": 64, **changes})
     case = inputs.case(p, seqlens=(65536, 1000), heads_kv=4, device="meta")

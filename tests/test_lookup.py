@@ -186,6 +186,19 @@ def test_arch_as_target_borrows_from_its_devices():
 # --- what is passed over -------------------------------------------------------------------------------------------------------
 
 
+def test_row_that_chains_its_launches_is_for_gpus_that_can(monkeypatch):
+    """Programmatic dependent launch: sm_80 may borrow from larger GPUs, but does not assemble such a kernel."""
+    monkeypatch.setitem(space.SPACES, KERNEL, Space((*FAKE.knobs, Knob("chain", (False, True))), FAKE.defaults, FAKE.safe))
+
+    def chained(made: Row, chain: bool) -> Row:
+        return replace(made, config=Config.of(KERNEL, made.config.as_dict() | {"chain": chain}))
+
+    ship("test-gpu", chained(row(), True), chained(row((65536, 131071), block=16), False))
+    assert resolve(problem(), SHAPE, GPU).config.chain
+    found = resolve(problem(), SHAPE, replace(GPU, arch="sm_80"))
+    assert found.config.BLOCK_M == 16 and "chains its launches, test-gpu does not" in found.reason
+
+
 def test_row_that_needs_more_shared_memory_is_never_taken():
     ship("test-gpu", row(shared=100_001), row((65536, 131071), block=16, shared=100_000))
     found = resolve(problem(), SHAPE, GPU)

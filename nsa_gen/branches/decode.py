@@ -1,4 +1,4 @@
-"""Decoding from a paged cache: a few new tokens of each sequence through all branches, in one or two launches."""
+"""Decoding from a paged cache: a few new tokens of each sequence through all branches, in two launches."""
 
 from __future__ import annotations
 

@@ -11,23 +11,24 @@ _STAGES = (1, 2, 3, 4, 5, 6, 7)  # a pipeline of n stages holds n - 1 tiles of K
 _PROGRAMS = (64, 128, 256, 384, 512, 1024, 2048)
 SPACES["decode_fwd"] = Space(
     knobs=(
-        Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens, or tokens of the window, a tile
         # Programs that share compressed tokens, of all sequences and KV heads together (half for windows), and the fewest tiles of one.
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
-        Knob("BLOCK_B", (16, 32, 64, 128, 256, 512)),  # blocks at a time, when importance is put together
-        Knob("block_stages", (1, 2, 3, 4)),
+        Knob("block_stages", (1, 2, 3, 4)),  # of the loop in which importance is put together, BLOCK_B blocks at a time
         Knob("keep_sums", (False, True)),  # in L2, before keys and values, until importance is put together
+        Knob("CHOSEN_PROGRAMS", _PROGRAMS),  # that share chosen blocks, of all new tokens and KV heads together
         Knob("chosen_stages", _STAGES),  # of the loop over chosen blocks
         Knob("sum_stages", (1, 2, 3, 5)),  # partial results under way, when they are put together
-        Knob("CHOSEN_PROGRAMS", _PROGRAMS),  # of all new tokens and KV heads together, and the fewest blocks of one
-        Knob("CHOSEN_LEAST", (1, 2, 4)),
-        Knob("chosen_warps", (1, 2, 4, 8)),
-        Knob("chain", (False, True)),  # each kernel's programs are there before the kernel before ends (NVIDIA GPUs from sm_90 on)
-        Knob("num_warps", (1, 2, 4, 8)),
+        Knob("chain", (False, True)),  # programs are there before the kernel before theirs ends (NVIDIA GPUs from sm_90 on)
         Knob("num_stages", _STAGES),
-        Knob("maxnreg", (None, 96, 128, 168)),
+        Knob("maxnreg", (None, 96, 128, 168)),  # of the first kernel
+        # What is legal depends on the rest: last, so that a list of all legal configs begins at once.
+        Knob("CHOSEN_LEAST", (1, 2, 4)),  # the fewest chosen blocks of a program
+        Knob("chosen_warps", (1, 2, 4, 8)),
         Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
+        Knob("num_warps", (1, 2, 4, 8)),
+        Knob("BLOCK_B", (16, 32, 64, 128, 256, 512)),
+        Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens, or tokens of the window, a tile
     ),
     defaults={
         "": lambda p: _decode(p, 32),
@@ -42,8 +43,10 @@ SPACES["decode_fwd"] = Space(
 
 def _stages(p: Problem, rows: int, room: int) -> int:
     """As many as ``room`` bytes of shared memory have tiles of ``rows`` keys for. Where memory is large there are two in any case that has
-    room for them: then one comes while one is worked on."""
+    room for them: then one comes while one is worked on. None is kept there that leaves no room for anything else."""
     tile = rows * 2 * _padded(p) * (1 if p.storage == FP8 else 4 if p.dtype == "float32" else 2)
+    if 2 * tile > 3 * room:
+        return 1
     return min(max(room // tile, 2 if room > 65536 and tile <= 98304 else 1), 6) + 1
 
 
@@ -89,6 +92,11 @@ def _padded(p: Problem) -> int:
     return 1 << (max(p.head_dim_qk, p.head_dim_v) - 1).bit_length()
 
 
+def _row_elements(p: Problem) -> int:
+    """Elements of a token's o, for one KV head."""
+    return max(16, 1 << (p.group - 1).bit_length()) * (1 << (p.head_dim_v - 1).bit_length())
+
+
 def _large(p: Problem) -> bool:
     """Whether a block of K or V takes more than 16 KiB as products read it."""
     return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
@@ -101,11 +109,12 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
         tile = min(tile, 32)
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
+    chosen = _row_elements(p)
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
-        "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_warps": 8 if _large(p) else 4,
-        "chosen_stages": _stages(p, p.selection_block, room), "sum_stages": 3, "chain": False, "num_warps": warps,
-        "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
+        "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_warps": 8 if _large(p) or chosen >= 8192 else 4,
+        "chosen_stages": _stages(p, p.selection_block, room), "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
+        "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
 

@@ -167,8 +167,8 @@ def cache_append_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    tl.extra.cuda.gdc_launch_dependents()  # the next kernel's programs may start, and wait for the results
     """One job of a sequence and head: a stream's new rows, or a compressed token of K, or of V."""
+    tl.extra.cuda.gdc_launch_dependents()  # the next kernel's programs may start, and wait for the results
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     job = tl.program_id(2)

@@ -685,7 +685,7 @@ def decode_fwd(
     tiles = -(-(max_seqlen // 16) // _BLOCK_N) + 1
     share = 256 // max(sequences * heads, 1)
     splits = max(min(share, tiles // 4), 1)
-    parts = splits + max(min(share // 2, (513 // _BLOCK_N + 1) // 4), 1) + 1
+    parts = splits + max(min(share // 2, (385 // _BLOCK_N + 1) // 4), 1) + 1
 
     def made(*shape):
         return torch.empty((sequences, *shape), dtype=torch.float32, device=device)
@@ -701,7 +701,7 @@ def decode_fwd(
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip
-    pieces = max(min(128 // max(sequences * _TOKENS * heads, 1), 16 // 2), 1)
+    pieces = max(min(128 // max(sequences * _TOKENS * heads, 1), 14 // 2), 1)
     _decode_chosen(
         (_TOKENS * heads, sequences, pieces),
         q, k_pages, v_pages, selected, k_selected_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
