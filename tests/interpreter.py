@@ -64,3 +64,17 @@ def by_name(np_dtype_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[name]
 
     return remembered
+
+
+def few_programs(least: int) -> Any:
+    """Decoding by few programs, ``least`` tiles each at least: the interpreter takes a twentieth of a second for each."""
+    from nsa_gen.config import Config
+
+    return Config.of(
+        "decode_fwd",
+        {
+            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": least, "BLOCK_B": 64, "block_stages": 1, "keep_sums": True, "CHOSEN_PROGRAMS": 64,
+            "CHOSEN_LEAST": 4, "chosen_warps": 4, "chosen_stages": 1, "sum_stages": 1, "chain": False, "num_warps": 4, "num_stages": 1,
+            "maxnreg": None, "unpack": "cast",
+        },
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from gradient_cases import DEVICE, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import few_programs
 
 import nsa_gen
 from examples import serve
@@ -21,24 +22,11 @@ from examples.backends import NSA, Full, PlainFull, PlainNSA, backend_of
 from examples.engine import Clock, Engine
 from examples.model import Decoder, Size
 from examples.scheduler import PagePool, Request, Scheduler
-from nsa_gen.config import Config
 from nsa_gen.errors import InputError
 from nsa_gen.spec import load
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 64
-#: The interpreter takes a twentieth of a second for a program: few of them there.
-FEW = (
-    Config.of(
-        "decode_fwd",
-        {
-            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 8, "BLOCK_B": 64, "block_stages": 1, "keep_sums": True,
-            "CHOSEN_PROGRAMS": 64, "CHOSEN_LEAST": 4, "chosen_warps": 4, "chosen_stages": 1,
-            "sum_stages": 1, "chain": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
-            "unpack": "cast",
-        },
-    ),
-)  # fmt: skip
 
 
 class Steps(Clock):
@@ -244,7 +232,7 @@ def test_kernels_make_the_same_tokens():
     model = model_of("nsa", layers=2, device=DEVICE)
     for made in (PlainNSA, NSA):
         backend = made(model, pages=12, page_size=32, sequences=7, max_seqlen=96)
-        with nsa_gen.override(*(FEW if DEVICE == "cpu" else ())):
+        with nsa_gen.override(*([few_programs(8)] if DEVICE == "cpu" else [])):
             engine = Engine(model, backend, budget=70, max_running=4, max_prefixes=1)
             prompt = random.Random(5).choices(range(VOCABULARY), k=60)
             requests = [Request(i, 5.0 * i, prompt[: 60 - 5 * i], 4, "begin", 37) for i in range(3)]

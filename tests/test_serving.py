@@ -5,27 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from gradient_cases import DEVICE, runs
+from interpreter import few_programs
 from test_cache import spec
 
 import nsa_gen
 from nsa_gen import reference
 from nsa_gen.branches import decode
-from nsa_gen.config import Config
 from nsa_gen.errors import InputError, UnknownSequence
 
 GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "window": 40, "heads": {"query": 6, "kv": 2}}
-#: The interpreter takes a twentieth of a second for a program: few of them there.
-FEW = (
-    Config.of(
-        "decode_fwd",
-        {
-            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": 2, "BLOCK_B": 64, "block_stages": 1, "keep_sums": True,
-            "CHOSEN_PROGRAMS": 64, "CHOSEN_LEAST": 4, "chosen_warps": 4, "chosen_stages": 1,
-            "sum_stages": 1, "chain": False, "num_warps": 4, "num_stages": 1, "maxnreg": None,
-            "unpack": "cast",
-        },
-    ),
-)  # fmt: skip
 
 
 class Stream:
@@ -68,8 +56,8 @@ class Stream:
 
 
 @pytest.fixture(autouse=True)
-def few_programs():
-    with nsa_gen.override(*(FEW if DEVICE == "cpu" else ())):
+def with_few_programs():
+    with nsa_gen.override(*([few_programs(2)] if DEVICE == "cpu" else [])):
         yield
 
 

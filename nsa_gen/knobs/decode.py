@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import FP8, Config, Problem, Value
+from ..render import next_power_of_two
 from .space import Knob, Space
 
 SPACES: dict[str, Space] = {}
@@ -84,17 +85,17 @@ def _append(p: Problem, step: int) -> dict[str, Value]:
 
 def _rows(p: Problem) -> int:
     """Rows of a program: the group of every new token."""
-    return max(16, 1 << (p.group * p.tokens - 1).bit_length())
+    return next_power_of_two(p.group * p.tokens, 16)
 
 
 def _padded(p: Problem) -> int:
     """The wider head dim, as tiles hold it."""
-    return 1 << (max(p.head_dim_qk, p.head_dim_v) - 1).bit_length()
+    return next_power_of_two(max(p.head_dim_qk, p.head_dim_v))
 
 
 def _row_elements(p: Problem) -> int:
     """Elements of a token's o, for one KV head."""
-    return max(16, 1 << (p.group - 1).bit_length()) * (1 << (p.head_dim_v - 1).bit_length())
+    return next_power_of_two(p.group, 16) * next_power_of_two(p.head_dim_v)
 
 
 def _large(p: Problem) -> bool:

@@ -253,10 +253,18 @@ def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 
 @triton.jit
-def attend(scores, seen, top, totals, dtype: tl.constexpr):
-    """A tile's scores, times log2(e), into a running softmax: (top [M] log2 domain, totals [M, N] yet to be added up, the weights of
-    the tile's values [M, N] and of what was added up before [M], probabilities of the tile's own top [M, N], that top). A row that has seen
-    nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each other."""
+def attend(
+    q, o,
+    k_ptr, v_ptr, row0, count, seen, top, totals, qk_scale,
+    ROWS: tl.constexpr, D_QK: tl.constexpr, DQ: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys from row0 on, `count` of them values, into a running softmax: (o [M, DV], or its even and odd columns, not divided by
+    the total; top [M], log2 domain; totals [M, ROWS] yet to be added up; probabilities of the tile's own top [M, ROWS]; that top). A row
+    that has seen nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each
+    other."""
+    k = load_rows(k_ptr, row0, None, ROWS, D_QK, DQ)
+    v = load_rows(v_ptr, row0, count, ROWS, D_V, DV)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
     prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
@@ -264,7 +272,9 @@ def attend(scores, seen, top, totals, dtype: tl.constexpr):
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
     weights = prob * new[:, None]
-    return new_top, totals * old[:, None] + weights, weights.to(dtype), old, prob, tile_top
+    totals = totals * old[:, None] + weights
+    o = tl.dot(weights.to(q.dtype), v, o * old[:, None], input_precision="ieee")
+    return o, new_top, totals, prob, tile_top
 
 
 @triton.jit
@@ -411,13 +421,11 @@ def decode_fwd_kernel(
         key0 = tile * BLOCK_N
         row0 = (page.to(tl.int64) * heads + head) * PAGE + key0 % PAGE
         page = tl.load(table + (key0 + BLOCK_N) // PAGE, mask=tile + 1 < end, other=0)
-        k = load_rows(k_ptr, row0, None, BLOCK_N, D_QK, DQ)
-        v = load_rows(v_ptr, row0, keys - key0, BLOCK_N, D_V, DV)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         key = (key0 + tl.arange(0, BLOCK_N))[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
-        top, totals, weights, old, prob, tile_top = attend(scores, seen, top, totals, q.dtype)
-        o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
+        o, top, totals, prob, tile_top = attend(
+            q, o, k_ptr, v_ptr, row0, keys - key0, seen, top, totals, qk_scale, BLOCK_N, D_QK, DQ, D_V, DV
+        )
         tl.store(tops + tile * M + row, tile_top, mask=part < splits)
         # All lags in one store: each takes a change of layout, in which warps wait for each other.
         given = tl.sum(tl.reshape(prob, [M, BLOCK_N // UNITS, 1, UNITS]) * count, 3)
@@ -568,12 +576,10 @@ def decode_chosen_fwd_kernel(
     for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=4):
         key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
         row0 = tl.sum(tl.where(slots == i, row_of, 0), 0)
-        k = load_rows(k_ptr, row0, None, SELECTED, D_QK, DQ)
-        v = load_rows(v_ptr, row0, length - key0, SELECTED, D_V, DV)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
-        seen = key0 + inner <= position
-        top, totals, weights, old, _, _ = attend(scores, seen[None, :], top, totals, q.dtype)
-        o = tl.dot(weights, v, o * old[:, None], input_precision="ieee")
+        seen = (key0 + inner <= position)[None, :]
+        o, top, totals, _, _ = attend(
+            q, o, k_ptr, v_ptr, row0, length - key0, seen, top, totals, qk_scale, SELECTED, D_QK, DQ, D_V, DV
+        )
     total = tl.sum(totals, 1)
     last = pieces == 1
     if pieces > 1:
