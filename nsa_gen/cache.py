@@ -181,7 +181,7 @@ class PagedKVCache:
         slots = [self._pages.find(sequence).slot for sequence in sequences]
         self._pages.drop(sequences)
         self._told.clear()
-        self.lengths[torch.tensor(slots, device=self.device)] = 0  # where a graph still has the slot, it writes nothing
+        self.lengths[torch.tensor(slots, dtype=torch.long, device=self.device)] = 0  # where a graph still has the slot, it writes nothing
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence. Raises ``UnknownSequence``."""

@@ -378,6 +378,14 @@ def test_a_window_keeps_its_pages_few():
     assert len(made.read(s, "selected")[0]) == 192
 
 
+def test_nothing_is_freed_of_nothing():
+    made = cache()
+    made.append([made.create()], *tokens(20))
+    free = made.pages_free
+    made.free()
+    assert made.pages_free == free
+
+
 def test_a_freed_slot_writes_nothing():
     """As a CUDA graph may still have it."""
     made = cache()
