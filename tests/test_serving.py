@@ -14,6 +14,7 @@ from nsa_gen.branches import decode
 from nsa_gen.errors import InputError, UnknownSequence
 
 GEOMETRY = {"selection": {"block": 16, "count": 6, "initial": 1, "local": 2}, "window": 40, "heads": {"query": 6, "kv": 2}}
+FEW = (few_programs(2),)
 
 
 class Stream:
@@ -57,7 +58,7 @@ class Stream:
 
 @pytest.fixture(autouse=True)
 def with_few_programs():
-    with nsa_gen.override(*([few_programs(2)] if DEVICE == "cpu" else [])):
+    with nsa_gen.override(*(FEW if DEVICE == "cpu" else ())):
         yield
 
 
