@@ -59,11 +59,11 @@ class Rows:
         self.stored_scales: list[tuple[Tensor, ...]] = [
             () if storage is dtype else (self.k_scale[layer].clone(), self.v_scale[layer].clone()) for layer in range(layers)
         ]
-        #: What decoding multiplies by, by layer: compressed and sliding K, selected K, all of V; nothing where nothing is scaled.
-        self.scales: list[tuple[Tensor, ...]] = [() if storage is dtype else (
-            self.k_scale[layer, [compressed, sliding]], self.k_scale[layer, selected].clone(),
-            self.v_scale[layer, [compressed, selected, sliding]],
-        ) for layer in range(layers)]  # fmt: skip
+        #: What decoding multiplies by, by layer: K and V, of the compressed, selected and sliding branch; nothing where nothing is scaled.
+        order = [compressed, selected, sliding]
+        self.scales: list[tuple[Tensor, ...]] = [
+            () if storage is dtype else (self.k_scale[layer, order], self.v_scale[layer, order]) for layer in range(layers)
+        ]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """``k_pages`` and ``v_pages`` of a layer. Raises ``InputError`` where there is none."""

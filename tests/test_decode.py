@@ -118,7 +118,7 @@ def test_forced_blocks(initial, local, count, window):
     [
         {"LEAST": 8, "num_stages": 2, "chosen_stages": 3}, {"LEAST": 2}, {"BLOCK_N": 32},
         {"BLOCK_B": 64, "num_stages": 3, "keep_sums": False}, {"CHOSEN_LEAST": 4, "sum_stages": 3}, {"CHOSEN_PROGRAMS": 64},
-        {"BLOCK_B": 16, "block_stages": 2},
+        {"CHOSEN_LEAST": 4, "chosen_blocks": 2}, {"CHOSEN_PROGRAMS": 64, "chosen_blocks": 4}, {"BLOCK_B": 16, "block_stages": 2},
     ],
 )  # fmt: skip
 def test_splits_and_pieces_do_not_change_the_result(changes):
@@ -179,9 +179,10 @@ def test_new_tokens_are_stored_and_pooled(pooling, branches, tokens, storage):
     [
         ({}, {"BLOCK_N": 128}, "do not fill pages of 16"),
         ({"count": 3}, {"CHOSEN_LEAST": 4}, "4 of 3 blocks"),
+        ({"count": 3}, {"chosen_blocks": 4}, "tiles of 4 of 3 blocks"),
         ({"selection_block": 128, "page_size": 128}, {"BLOCK_N": 16}, "hold no whole number of blocks"),
         ({"tokens": 8, "group": 16, "head_dim_v": 256}, {"num_warps": 4}, "more registers than 4 warps"),
-        ({"selection_block": 128, "page_size": 128, "head_dim_v": 128}, {"chosen_warps": 2}, "blocks of 128 keys on 2 warps"),
+        ({"selection_block": 128, "page_size": 128, "head_dim_v": 128}, {"chosen_warps": 2}, "tiles of 128 keys on 2 warps"),
     ],
 )
 def test_the_space_refuses_what_cannot_be_built(given, changes, why):

@@ -48,10 +48,9 @@ def torch_module(case: inputs.Case) -> SimpleNamespace:
     def spread(x, new, length):
         return x.new_full((length, *x.shape[1:]), -1).index_copy(0, new, x)
 
-    def decode_fwd(q, k_pages, v_pages, k_scale, k_selected_scale, v_scale, compressed, selected, sliding, slots, lengths, arrived,
-                   g_cmp, g_slc, g_swa, block_indices, o, max_seqlen, scale):  # fmt: skip
-        by_k = (None,) * 3 if k_scale is None else (k_scale[0], k_selected_scale, k_scale[1])
-        by_v = (None,) * 3 if v_scale is None else v_scale
+    def decode_fwd(q, k_pages, v_pages, k_scale, v_scale, compressed, selected, sliding, slots, lengths, arrived, g_cmp, g_slc, g_swa,
+                   block_indices, o, max_seqlen, scale):  # fmt: skip
+        by_k, by_v = ((None,) * 3 if scale_of is None else scale_of for scale_of in (k_scale, v_scale))
         for number, slot, length, whole, new in each(q, slots, lengths):
             first = max(0, length - p.tokens - p.window + 1)
             held = range(reference.compressed_count(length, p.block, p.stride)), range(length), range(first, length)

@@ -20,9 +20,8 @@ def decode(
 
     Args:
         k_pages, v_pages, tables, slots, lengths: of a ``PagedKVCache``; slots of S sequences.
-        arrived: int32, 0, at least ``S*n*Hkv``; left so.
-        scales: none, or of fp8 storage: compressed and sliding K ``[2,Hkv]``, selected K ``[Hkv]``, compressed, selected and sliding V
-            ``[3,Hkv]``.
+        arrived: int32, 0, at least ``4*S*n*Hkv``; left so.
+        scales: none, or of fp8 storage: K's and V's ``[3,Hkv]``, of the compressed, the selected and the sliding branch.
         g_cmp, g_slc, g_swa: ``[S,n,Hq]``, all of q's dtype or all of float32.
         max_seqlen: no sequence is longer.
     """
@@ -37,8 +36,8 @@ def decode(
     block_indices = torch.empty((sequences, tokens, k_pages.shape[1], geometry(key).count), dtype=torch.int32, device=q.device)
     gates = map(ready_flat, (g_cmp, g_slc, g_swa))
     host(
-        ready(q), k_pages, v_pages, *(scales or (None,) * 3), compressed, selected, sliding, slots, lengths, arrived, *gates, block_indices,
-        o, max_seqlen, scale,
+        ready(q), k_pages, v_pages, *(scales or (None, None)), compressed, selected, sliding, slots, lengths, arrived, *gates,
+        block_indices, o, max_seqlen, scale,
     )  # fmt: skip
     return o
 

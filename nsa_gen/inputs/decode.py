@@ -134,12 +134,11 @@ class _Decode(Call):
         if p.branches == 1:
             tables = [*tables, tables[1]]
         sliding = self.stream_of(p, 2)
-        selected = _scales(case, 1)
         case.tensors |= {
             "q": q.view(count, p.tokens, *q.shape[1:]), "k_pages": pages[0], "v_pages": pages[1], "tables": tuple(tables),
-            "scales": (_scales(case, 0, sliding), None if selected is None else selected[0], _scales(case, 0, 1, sliding)),
+            "scales": (_scales(case, 0, 1, sliding),) * 2,
             "gates": tuple(values.uniform(count, p.tokens, case.heads_query).to(case.dtype) for _ in range(3)),
-            "arrived": values.empty(count * case.heads_kv * p.tokens, dtype=torch.int32), "scale": p.head_dim_qk**-0.5,
+            "arrived": values.empty(4 * count * case.heads_kv * p.tokens, dtype=torch.int32), "scale": p.head_dim_qk**-0.5,
         }  # fmt: skip
         case.outputs["block_indices"] = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
         case.outputs["o"] = values.empty(count, p.tokens, case.heads_query, p.head_dim_v)

@@ -25,6 +25,7 @@ SPACES["decode_fwd"] = Space(
         Knob("maxnreg", (None, 96, 128, 168)),  # of the first kernel
         # What is legal depends on the rest: last, so that a list of all legal configs begins at once.
         Knob("CHOSEN_LEAST", (1, 2, 4)),  # the fewest chosen blocks of a program
+        Knob("chosen_blocks", (1, 2, 4)),  # of a tile
         Knob("chosen_warps", (1, 2, 4, 8)),
         Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
         Knob("num_warps", (1, 2, 4, 8)),
@@ -37,7 +38,7 @@ SPACES["decode_fwd"] = Space(
         "sm_90": lambda p: _decode(p, 64, room=98304) | {"chain": True, "unpack": _unpack(p)},
         "sm_100": lambda p: _decode(p, 64, room=98304) | {"chain": True, "unpack": _unpack(p)},
     },
-    safe=lambda p: _decode(p, 16) | {"num_stages": 1, "chosen_stages": 1, "sum_stages": 1},
+    safe=lambda p: _decode(p, 16) | {"num_stages": 1, "chosen_blocks": 1, "chosen_stages": 1, "sum_stages": 1},
     illegal=lambda p, c: _decode_fault(p, c),
 )
 
@@ -98,9 +99,9 @@ def _row_elements(p: Problem) -> int:
     return next_power_of_two(p.group, 16) * next_power_of_two(p.head_dim_v)
 
 
-def _large(p: Problem) -> bool:
-    """Whether a block of K or V takes more than 16 KiB as products read it."""
-    return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2) > 16384
+def _chosen_bytes(p: Problem, blocks: int = 1) -> int:
+    """Of K or V of some blocks, as products read them."""
+    return blocks * p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2)
 
 
 def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
@@ -111,10 +112,14 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
     chosen = _row_elements(p)
+    at_once = (
+        2 if p.storage == FP8 and p.count > 1 and _chosen_bytes(p, 2) <= 32768 and chosen < 8192 else 1
+    )  # half of the bytes to wait for
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
-        "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_warps": 8 if _large(p) or chosen >= 8192 else 4,
-        "chosen_stages": _stages(p, p.selection_block, room), "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
+        "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_blocks": at_once,
+        "chosen_warps": 8 if _chosen_bytes(p) > 16384 or chosen >= 8192 else 4,
+        "chosen_stages": _stages(p, at_once * p.selection_block, room), "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
         "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 
@@ -131,8 +136,11 @@ def _decode_fault(p: Problem, c: Config) -> str | None:
         return f"{rows} rows by {c.BLOCK_B} blocks need more registers than {c.num_warps} warps have"
     if p.count < c.CHOSEN_LEAST:
         return f"{c.CHOSEN_LEAST} of {p.count} blocks"
-    if c.chosen_warps < 4 and _large(p):
-        return f"blocks of {p.selection_block} keys on {c.chosen_warps} warps need too many registers"
+    keys = c.chosen_blocks * p.selection_block
+    if _chosen_bytes(p, c.chosen_blocks) > 16384 * c.chosen_warps or max(16, p.group) * keys > 64 * 32 * c.chosen_warps:
+        return f"tiles of {keys} keys on {c.chosen_warps} warps need too many registers"
+    if c.chosen_blocks > p.count:
+        return f"tiles of {c.chosen_blocks} of {p.count} blocks"
     return _unpack_fault(p, c)
 
 

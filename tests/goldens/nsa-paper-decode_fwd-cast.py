@@ -2,8 +2,8 @@
 
 problem e80a351032f2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 branches=3 page_size=64 tokens=1
-config  b032aa255406: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
-    chosen_stages=3 chosen_warps=8 keep_sums=True maxnreg=None num_stages=3 num_warps=8 sum_stages=3 unpack=cast
+config  facf19e154f8: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
+    chosen_blocks=1 chosen_stages=3 chosen_warps=8 keep_sums=True maxnreg=None num_stages=3 num_warps=8 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -253,18 +253,29 @@ def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 
 @triton.jit
+def apart(x):
+    """[M, D] as products take it: even and odd columns where `load_halves` gives those of keys and values, else one whole."""
+    return (x,)
+
+
+@triton.jit
+def whole(x):
+    """The inverse of `apart`."""
+    return x[0]
+
+
+@triton.jit
 def attend(
-    q, o,
-    k_ptr, v_ptr, row0, count, seen, top, totals, qk_scale,
+    q, o, top, totals, k_ptr, v_ptr, row0, count, seen, qk_scale,
     ROWS: tl.constexpr, D_QK: tl.constexpr, DQ: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys from row0 on, `count` of them values, into a running softmax: (o [M, DV], or its even and odd columns, not divided by
-    the total; top [M], log2 domain; totals [M, ROWS] yet to be added up; probabilities of the tile's own top [M, ROWS]; that top). A row
-    that has seen nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add them up, they would wait for each
-    other."""
+    """A tile of keys from row0 on, `count` of them values (of all rows, or each row's own [ROWS, 1]), into a running softmax: (o [M, DV],
+    not divided by the total; top [M], log2 domain; totals [M, ROWS] yet to be added up; probabilities [M, ROWS] of the tile's own top; that
+    top). q and o are `apart`. A row that has seen nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add
+    them up, they would wait for each other."""
     k = load_rows(k_ptr, row0, None, ROWS, D_QK, DQ)
     v = load_rows(v_ptr, row0, count, ROWS, D_V, DV)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    scores = tl.dot(q[0], tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
     tile_top = tl.max(scores, 1)
     prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
@@ -273,7 +284,8 @@ def attend(
     old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
     weights = prob * new[:, None]
     totals = totals * old[:, None] + weights
-    o = tl.dot(weights.to(q.dtype), v, o * old[:, None], input_precision="ieee")
+    weights = weights.to(q[0].dtype)
+    o = (tl.dot(weights, v, o[0] * old[:, None], input_precision="ieee"),)
     return o, new_top, totals, prob, tile_top
 
 
@@ -309,11 +321,26 @@ def last_to_arrive(arrived_ptr, programs):
 
 
 @triton.jit
+def weigh_tiles(tops_ptr, stat_ptr, splits, tiles, row, M: tl.constexpr):
+    """In place of each tile's tops [tiles, M], what its sums are multiplied by: once for all blocks of a tile."""
+    tile = tl.arange(0, 1024 // M)
+    place = tops_ptr + (tile[:, None] * M + row[None, :])
+    tops = tl.load(place, mask=(tile < tiles)[:, None], other=-float("inf"))  # before what it does not wait for
+    top, total = softmax_of(stat_ptr, splits, row, M)
+    factor = 1.0 / total
+    for first in range(0, tiles, 1024 // M):
+        tl.store(place + first * M, tl.exp2(tops - top[None, :]) * factor[None, :], mask=(first + tile < tiles)[:, None])
+        following = first + 1024 // M
+        tops = tl.load(place + following * M, mask=(following + tile < tiles)[:, None], other=-float("inf"))
+    tl.debug_barrier()  # who reads them is another thread
+
+
+@triton.jit
 def decode_fwd_kernel(
     q_ptr,  # [S, TOKENS, Hq, D_QK]
     k_ptr,  # [pages, Hkv, PAGE, D_QK]
     v_ptr,  # [pages, Hkv, PAGE, D_V]
-    k_scale_ptr,  # [2, Hkv] fp32, what stored keys are multiplied by, compressed and of the window; None where they are stored as they are
+    k_scale_ptr,  # [3, Hkv] fp32, what stored keys are multiplied by, compressed, selected, sliding; None where they are stored as they are
     compressed_ptr,  # [slots, max_pages] int32: pages of compressed tokens
     sliding_ptr,  # the same of the sliding branch
     slot_ptr,  # [S] int32
@@ -321,10 +348,10 @@ def decode_fwd_kernel(
     part_ptr,  # [S, Hkv, parts, M, D_V] fp32: a program's o for its own top, not divided by its total
     stat_ptr,  # [S, Hkv, parts, 2, M] fp32: top (log2 domain), total
     sums_ptr,  # [S, Hkv, LAGS, blocks, M] fp32: what a block gets from the UNITS tokens that start lag blocks before, for their tile's top
-    tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops
+    tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops, then what their sums are multiplied by
     scores_ptr,  # [S, TOKENS, Hkv, blocks] fp32
     index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
-    arrived_ptr,  # [S, Hkv] int32, 0
+    arrived_ptr,  # [4, S, TOKENS, Hkv] int32, 0: splits that are done; results that are there, all splits' as one; choices; pieces done
     scale: tl.float32,
     splits: tl.int32,  # programs that share compressed tokens; the others share the window
     max_pages: tl.int32,
@@ -392,10 +419,11 @@ def decode_fwd_kernel(
     q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
     qk_scale = scale * 1.4426950408889634
     if k_scale_ptr is not None:
-        qk_scale *= tl.load(k_scale_ptr + sliding.to(tl.int32) * heads + head)
+        qk_scale *= tl.load(k_scale_ptr + tl.where(sliding, 2 * heads, 0) + head)
     top = tl.full([M], -float("inf"), tl.float32)
     totals = tl.zeros([M, BLOCK_N], tl.float32)
-    o = tl.zeros([M, DV], tl.float32)
+    q = apart(q)
+    o = apart(tl.zeros([M, DV], tl.float32))
     first = first_key // BLOCK_N
     used = (end_key + BLOCK_N - 1) // BLOCK_N
     each = tl.maximum(used - first + sharing - 1, 0) // sharing
@@ -406,6 +434,9 @@ def decode_fwd_kernel(
     sums = sums_ptr + here * (LAGS * M) * blocks
     tops = tops_ptr + here * M * tiles
     end = tl.minimum(begin + each, used)
+    # The second kernel's programs are let in once all of these have begun and compressed tokens are read. They wait for what they need.
+    if sliding:
+        tl.extra.cuda.gdc_launch_dependents()
     # A tile's page is looked up one tile ahead: a pipeline that did so would wait for the rows before it each time.
     page = tl.load(table + begin * BLOCK_N // PAGE, mask=begin < end, other=0)
     for tile in tl.range(begin, end, num_stages=STAGES):
@@ -415,7 +446,7 @@ def decode_fwd_kernel(
         key = (key0 + tl.arange(0, BLOCK_N))[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
         o, top, totals, prob, tile_top = attend(
-            q, o, k_ptr, v_ptr, row0, keys - key0, seen, top, totals, qk_scale, BLOCK_N, D_QK, DQ, D_V, DV
+            q, o, top, totals, k_ptr, v_ptr, row0, keys - key0, seen, qk_scale, BLOCK_N, D_QK, DQ, D_V, DV
         )
         tl.store(tops + tile * M + row, tile_top, mask=part < splits)
         # All lags in one store: each takes a change of layout, in which warps wait for each other.
@@ -427,27 +458,32 @@ def decode_fwd_kernel(
 
     column = tl.arange(0, DV)
     place = here * parts + part
-    tl.store(part_ptr + (place * M + row)[:, None] * D_V + column[None, :], o, mask=valid[:, None] & (column < D_V)[None, :])
+    tl.store(part_ptr + (place * M + row)[:, None] * D_V + column[None, :], whole(o), mask=valid[:, None] & (column < D_V)[None, :])
     tl.store(stat_ptr + place * (2 * M) + row, top)
     tl.store(stat_ptr + place * (2 * M) + M + row, tl.sum(totals, 1))
-    tl.extra.cuda.gdc_launch_dependents()  # the second kernel's programs may start, and wait for the results
-    if part >= splits:
+    counters = tl.num_programs(1) * TOKENS * heads
+    of_tokens = arrived_ptr + counters + sequence * TOKENS * heads + head
+    if sliding:
+        tl.debug_barrier()  # of the stores of all threads
+        for token in tl.static_range(TOKENS):
+            tl.atomic_add(of_tokens + token * heads, 1, sem="release")
         return
+    tl.extra.cuda.gdc_launch_dependents()
     if last_to_arrive(arrived_ptr + here, splits):
-        # The softmax of all splits, then each block's probability, summed over the group (eq. 10), token by token.
-        top, total = softmax_of(stat_ptr + here * parts * (2 * M), splits, row, M)
-        factor = 1.0 / total
+        for token in tl.static_range(TOKENS):
+            tl.atomic_add(of_tokens + token * heads, 1, sem="release")
+        weigh_tiles(tops, stat_ptr + here * parts * (2 * M), splits, used, row, M)
+        # Each block's probability, summed over the group (eq. 10), token by token.
         last = (length - 1) // SELECTED
         for block0 in tl.range(0, last + 1, 64, num_stages=1):
             block = block0 + tl.arange(0, 64)
             importance = tl.zeros([64, M], tl.float32)
             for back in tl.static_range(LAGS):
-                # All in one layout, tops loaded block by block: nothing but memory is waited for, and once for all lags.
+                # All in one layout, factors loaded block by block: nothing but memory is waited for, and once for all lags.
                 exists = ((block >= back) & (block <= last) & (block - back < used * (BLOCK_N // UNITS)))[:, None]
                 given = tl.load(sums + (back * blocks + block)[:, None] * M + row[None, :], mask=exists, other=0.0)
                 of_tile = tops + (block - back) * UNITS // BLOCK_N * M
-                importance += given * tl.exp2(tl.load(of_tile[:, None] + row[None, :], mask=exists, other=-float("inf")) - top[None, :])
-            importance *= factor[None, :]
+                importance += given * tl.load(of_tile[:, None] + row[None, :], mask=exists, other=0.0)
             for token in tl.static_range(TOKENS):
                 of_token = tl.sum(tl.where((row // G == token)[None, :], importance, 0.0), 1)
                 target = scores_ptr + ((sequence.to(tl.int64) * TOKENS + token) * heads + head) * blocks
@@ -458,6 +494,8 @@ def decode_fwd_kernel(
             current = tl.maximum(length - TOKENS + token, 0) // SELECTED
             row_of, chosen = scores_ptr + at * blocks, index_ptr + at * COUNT
             choose(row_of, chosen, current, COUNT, SLOTS, INITIAL, LOCAL, GROUPS, BITS, LEAST, WIDTH, RESIDENT)
+            tl.debug_barrier()
+            tl.atomic_xchg(of_tokens + (counters + token * heads), 1, sem="release")
 
 
 @triton.jit
@@ -470,13 +508,20 @@ def load_gate(gate_ptr, place, valid, v_scale_ptr, which):
 
 
 @triton.jit
+def wait_for(arrived_ptr, count):
+    """Until the first kernel has come so far. All of its programs have begun when one of the second does, so it will."""
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
 def decode_chosen_fwd_kernel(
     q_ptr,  # all as above, but for:
     k_ptr,
     v_ptr,
     selected_ptr,  # [slots, max_pages] int32: pages of the selected branch
-    k_selected_scale_ptr,  # [Hkv] fp32, as k_scale, of the selected branch
-    v_scale_ptr,  # [3, Hkv] fp32, of compressed V, the selected and the sliding branch's
+    k_scale_ptr,
+    v_scale_ptr,  # as k_scale
     slot_ptr,
     length_ptr,
     index_ptr,
@@ -487,7 +532,7 @@ def decode_chosen_fwd_kernel(
     g_swa_ptr,
     part_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD, D_V] fp32: of chosen blocks, not divided by the total, and of the other branches
     stat_ptr,  # [S, TOKENS, Hkv, pieces, 2, G_PAD] fp32
-    arrived_ptr,  # [S, TOKENS, Hkv] int32, 0
+    arrived_ptr,
     o_ptr,  # [S, TOKENS, Hq, D_V], contiguous
     scale: tl.float32,
     heads: tl.int32,
@@ -507,6 +552,7 @@ def decode_chosen_fwd_kernel(
     DV: tl.constexpr,
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
+    TILE: tl.constexpr,
     COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -526,29 +572,27 @@ def decode_chosen_fwd_kernel(
     q_rows = sequence.to(tl.int64) * stride_qs + token * stride_qt + (head * G + member) * stride_qh
     q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=valid[:, None] & (column < D_QK)[None, :], other=0.0)
     qk_scale = scale * 1.4426950408889634
-    if k_selected_scale_ptr is not None:
-        qk_scale *= tl.load(k_selected_scale_ptr + head)
+    if k_scale_ptr is not None:
+        qk_scale *= tl.load(k_scale_ptr + heads + head)
     column = tl.arange(0, DV)
     inside = valid[:, None] & (column < D_V)[None, :]
     here = (sequence.to(tl.int64) * TOKENS + token) * heads + head
     place = here * G + member
+    counters = tl.num_programs(1) * TOKENS * heads
+    arrived = arrived_ptr + here
     g_cmp = load_gate(g_cmp_ptr, place, valid, v_scale_ptr, head)
     g_slc = load_gate(g_slc_ptr, place, valid, v_scale_ptr, heads + head)
     g_swa = load_gate(g_swa_ptr, place, valid, v_scale_ptr, 2 * heads + head)
-    tl.extra.cuda.gdc_wait()  # for all of the first kernel's results
-    slots = tl.arange(0, SLOTS)
-    indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
-    # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
-    page = tl.load(selected_ptr + slot.to(tl.int64) * max_pages + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
-    # While they come: partial results of compressed attention (the first `splits`) and the window.
+    wait_for(arrived + counters, parts - splits + 1)
+    # Partial results of compressed attention (the first `splits`) and the window, while blocks are chosen if this kernel is there by then.
     of_head = (sequence.to(tl.int64) * heads + head) * parts
     rows = tl.minimum(token * G + member, M - 1)
     dense = dense_part_ptr + (of_head * M + rows)[:, None] * D_V + column[None, :]
     stats = dense_stat_ptr + of_head * (2 * M)
-    inner = tl.arange(0, SELECTED)
+    inner = tl.arange(0, TILE)
     o = tl.zeros([G_PAD, DV], tl.float32)
     top = tl.full([G_PAD], -float("inf"), tl.float32)
-    totals = tl.zeros([G_PAD, SELECTED], tl.float32)
+    totals = tl.zeros([G_PAD, TILE], tl.float32)
     cmp_top, cmp_total = softmax_of(stats, splits, rows, M)
     swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M)
     cmp_factor, swa_factor = g_cmp / cmp_total, g_swa / swa_total
@@ -557,16 +601,25 @@ def decode_chosen_fwd_kernel(
         given = tl.load(dense + i * (M * D_V), mask=inside, other=0.0)
         weight = tl.exp2(tl.load(stats + i * (2 * M) + rows) - tl.where(i < splits, cmp_top, swa_top))
         others += given * (weight * tl.where(i < splits, cmp_factor, swa_factor))[:, None]
+    wait_for(arrived + 2 * counters, 1)
+    slots = tl.arange(0, SLOTS)
+    indices = tl.load(index_ptr + here * COUNT + slots, mask=slots < COUNT, other=-1)
+    # All pages looked up at once: a pipeline that did so block by block would wait for the rows before each.
+    page = tl.load(selected_ptr + slot.to(tl.int64) * max_pages + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
     row_of = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
     chosen = tl.sum((indices >= 0).to(tl.int32), 0)
+    q = apart(q)
+    o = apart(o)
     each = (chosen + pieces - 1) // pieces
-    for i in tl.range(piece * each, tl.minimum((piece + 1) * each, chosen), num_stages=3):
+    end = tl.minimum((piece + 1) * each, chosen)
+    for i in tl.range(piece * each, end, TILE // SELECTED, num_stages=3):
         key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
         row0 = tl.sum(tl.where(slots == i, row_of, 0), 0)
-        seen = (key0 + inner <= position)[None, :]
-        o, top, totals, _, _ = attend(
-            q, o, k_ptr, v_ptr, row0, length - key0, seen, top, totals, qk_scale, SELECTED, D_QK, DQ, D_V, DV
-        )
+        seen = key0 + inner <= position
+        values = length - key0
+        o, top, totals, _, _ = attend(q, o, top, totals, k_ptr, v_ptr, row0, values, seen[None, :], qk_scale, TILE, D_QK, DQ, D_V, DV)
+    o = whole(o)
+
     total = tl.sum(totals, 1)
     last = pieces == 1
     if pieces > 1:
@@ -576,7 +629,7 @@ def decode_chosen_fwd_kernel(
         stats = stat_ptr + here * pieces * (2 * G_PAD)
         tl.store(stats + piece * (2 * G_PAD) + member, top)
         tl.store(stats + piece * (2 * G_PAD) + G_PAD + member, total)
-        last = last_to_arrive(arrived_ptr + here, pieces)
+        last = last_to_arrive(arrived + 3 * counters, pieces)
         if last:
             top, total = softmax_of(stats, pieces, member, G_PAD)
             o = tl.zeros([G_PAD, DV], tl.float32)
@@ -587,8 +640,11 @@ def decode_chosen_fwd_kernel(
                 o += tl.load(of_piece, mask=inside, other=0.0) * weight[:, None]
                 others += tl.load(of_piece + G_PAD * D_V, mask=inside, other=0.0)
     if last:
+        tl.store(arrived + counters, 0)
+        tl.store(arrived + 2 * counters, 0)
         factor = g_slc / tl.where(total > 0, total, 1.0)  # o is 0 where total is
         tl.store(o_ptr + place[:, None] * D_V + column[None, :], (others + o * factor[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
+    tl.extra.cuda.gdc_wait()  # who waits for this kernel waits for the first one too
 
 
 def types(*tensors):
@@ -645,6 +701,7 @@ _decode_chosen = Launcher(
     {
         **_COMMON,
         "G_PAD": _G_PAD,
+        "TILE": _BLOCK * 1,
     },
     num_warps=8,
     num_stages=3,
@@ -653,21 +710,19 @@ _decode_chosen = Launcher(
 
 
 def decode_fwd(
-    q, k_pages, v_pages, k_scale, k_selected_scale, v_scale, compressed, selected, sliding, slots, lengths, arrived, g_cmp, g_slc, g_swa,
-    block_indices, o, max_seqlen, scale,
+    q, k_pages, v_pages, k_scale, v_scale, compressed, selected, sliding, slots, lengths, arrived, g_cmp, g_slc, g_swa, block_indices, o,
+    max_seqlen, scale,
 ):  # fmt: skip
     """Native Sparse Attention of a few new tokens of each sequence, from pages (paper eqs. 5-12, but for the compression).
 
     Args:
         q: [S, 1, Hq, D_QK], last dim contiguous, strides multiples of 8 elements.
         k_pages, v_pages: [pages, Hkv, 64, D] contiguous.
-        k_scale: [2, Hkv] fp32, what stored keys are multiplied by, compressed and of the window, or None.
-        k_selected_scale: [Hkv] fp32, the same of the selected branch, or None.
-        v_scale: [3, Hkv] fp32 of compressed V, the selected and the sliding branch's, or None.
+        k_scale, v_scale: [3, Hkv] fp32, what stored keys and values are multiplied by, compressed, selected and sliding; or both None.
         compressed, selected, sliding: [slots, max_pages] int32 contiguous: pages of compressed tokens and of the branches' tokens.
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
-        arrived: [at least S * tokens * Hkv] int32, 0; left so.
+        arrived: [at least 4 * S * tokens * Hkv] int32, 0; left so.
         g_cmp, g_slc, g_swa: [S, tokens, Hq] contiguous, of one dtype.
         block_indices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
         o: [S, tokens, Hq, D_V] contiguous, written.
@@ -676,7 +731,8 @@ def decode_fwd(
     sequences, heads, device = q.shape[0], k_pages.shape[1], q.device
     blocks = -(-max_seqlen // _BLOCK) + 3 & ~3
     tiles = -(-(max_seqlen // 16) // _BLOCK_N) + 1
-    share = 256 // max(sequences * heads, 1)
+    pairs = sequences * heads
+    share = 256 // max(pairs, 1)
     splits = max(min(share, tiles // 4), 1)
     parts = splits + max(min(share // 2, (513 // _BLOCK_N + 1) // 4), 1) + 0
 
@@ -694,10 +750,10 @@ def decode_fwd(
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip
-    pieces = max(min(128 // max(sequences * _TOKENS * heads, 1), 16 // 2), 1)
+    pieces = max(min(128 // max(_TOKENS * pairs, 1), 16 // 2), 1)
     _decode_chosen(
         (_TOKENS * heads, sequences, pieces),
-        q, k_pages, v_pages, selected, k_selected_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
+        q, k_pages, v_pages, selected, k_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
         made(_TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), made(_TOKENS, heads, pieces, 2, _G_PAD), arrived, o,
         scale, heads, compressed.shape[1], splits, parts, *q.stride()[:3],
         TYPES=types(g_cmp),
