@@ -152,15 +152,20 @@ class Launcher:
             self.kernel[grid](*args, **self.constants, **extra)
             return
         device = current_device()
-        key = (device, *extra.values()) if extra else device
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bound[key] = self._bind(args, extra)
-        run, function, metadata, tail = bound
+        run, function, metadata, tail = self._binary(device, args, extra)
         run(grid_x, grid_y, grid_z, current_stream(device), function, metadata, None, None, None, *args, *tail)
         watcher = _watcher  # read once: its thread may be done with it at any time
         if watcher is not None:
             watcher(run, function, metadata, (grid_x, grid_y, grid_z), args, tail)
+
+    def load(self, *args: Any, **extra: Any) -> None:
+        """Compile and load what a call with such arguments launches, so that it does not fail after another kernel has run.
+
+        Raises:
+            what the call would: ``CompileError``, or ``OutOfResources``.
+        """
+        if _recording is None and not self._interpreted:
+            self._binary(current_device(), args, extra)
 
     @staticmethod
     def in_rows(x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +209,13 @@ class Launcher:
             else:
                 raise CompileError(f"{self.kernel.__name__}: parameter {param.name!r} needs a type annotation such as tl.int32")
         return Job(self.kernel, signature, constants, self.options)
+
+    def _binary(self, device: int, args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+        key = (device, *extra.values()) if extra else device
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(args, extra)
+        return bound
 
     def _bind(self, args: tuple[Any, ...], extra: dict[str, Any]) -> tuple[Any, Any, Any, tuple[Any, ...]]:
         job = self.job(args, extra)

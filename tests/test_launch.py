@@ -61,6 +61,11 @@ def compile_job(job, target):
 launch.compile_job, launch.current_device, launch.current_stream = compile_job, lambda: 1, lambda device: 1000 + device
 triton.runtime.driver.set_active(type("Driver", (), {"get_current_target": lambda self: H200})())
 run = Launcher(scale_kernel, {"BLOCK": 64})
+with launch.recording() as jobs:
+    run.load(x, None, 2.0, 8, 64)
+assert not compiled and not jobs
+run.load(x, None, 2.0, 8, 64)
+assert compiled == [False] and not launched
 for _ in range(2):
     run((3,), x, None, 2.0, 8, 64)
     run((3, 4, 5), x, None, 2.0, 8, 64, SQUARE=True)

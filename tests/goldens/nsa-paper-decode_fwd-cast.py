@@ -743,6 +743,13 @@ def decode_fwd(
     stat = made(heads, parts, 2, _M)
     width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
     resident = width <= 1024 * _WARPS
+    pieces = max(min(128 // max(_TOKENS * pairs, 1), 16 // 2), 1)
+    chosen = (
+        q, k_pages, v_pages, selected, k_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
+        made(_TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), made(_TOKENS, heads, pieces, 2, _G_PAD), arrived, o,
+        scale, heads, compressed.shape[1], splits, parts, *q.stride()[:3],
+    )  # fmt: skip
+    _decode_chosen.load(*chosen, TYPES=types(g_cmp))  # the first kernel counts on it to leave `arrived` 0
     _decode(
         (heads, sequences, parts),
         q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, made(heads, _LAGS, blocks, _M),
@@ -750,11 +757,4 @@ def decode_fwd(
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
     )  # fmt: skip
-    pieces = max(min(128 // max(_TOKENS * pairs, 1), 16 // 2), 1)
-    _decode_chosen(
-        (_TOKENS * heads, sequences, pieces),
-        q, k_pages, v_pages, selected, k_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
-        made(_TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), made(_TOKENS, heads, pieces, 2, _G_PAD), arrived, o,
-        scale, heads, compressed.shape[1], splits, parts, *q.stride()[:3],
-        TYPES=types(g_cmp),
-    )  # fmt: skip
+    _decode_chosen((_TOKENS * heads, sequences, pieces), *chosen, TYPES=types(g_cmp))
