@@ -99,9 +99,9 @@ def _row_elements(p: Problem) -> int:
     return next_power_of_two(p.group, 16) * next_power_of_two(p.head_dim_v)
 
 
-def _chosen_bytes(p: Problem, blocks: int = 1) -> int:
-    """Of K or V of some blocks, as products read them."""
-    return blocks * p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2)
+def _chosen_bytes(p: Problem) -> int:
+    """Of K or V of a block, as products read them."""
+    return p.selection_block * _padded(p) * (4 if p.dtype == "float32" else 2)
 
 
 def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
@@ -112,13 +112,12 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     tile = max(min(tile, p.page_size), units, 16)
     blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
     chosen = _row_elements(p)
-    at_once = (
-        2 if p.storage == FP8 and p.count > 1 and _chosen_bytes(p, 2) <= 32768 and chosen < 8192 else 1
-    )  # half of the bytes to wait for
+    scores = next_power_of_two(p.group, 16) * p.selection_block
+    at_once = 2 if p.storage == FP8 and p.count > 1 and _chosen_bytes(p) <= 16384 and scores <= 1024 else 1  # bytes are few, waits are not
     return {
         "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
         "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_blocks": at_once,
-        "chosen_warps": 8 if _chosen_bytes(p) > 16384 or chosen >= 8192 else 4,
+        "chosen_warps": 8 if _chosen_bytes(p) > 16384 or max(chosen, scores) >= 8192 else 4,
         "chosen_stages": _stages(p, at_once * p.selection_block, room), "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
         "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
@@ -136,8 +135,9 @@ def _decode_fault(p: Problem, c: Config) -> str | None:
         return f"{rows} rows by {c.BLOCK_B} blocks need more registers than {c.num_warps} warps have"
     if p.count < c.CHOSEN_LEAST:
         return f"{c.CHOSEN_LEAST} of {p.count} blocks"
-    keys = c.chosen_blocks * p.selection_block
-    if _chosen_bytes(p, c.chosen_blocks) > 16384 * c.chosen_warps or max(16, p.group) * keys > 64 * 32 * c.chosen_warps:
+    held, keys = _chosen_bytes(p), c.chosen_blocks * p.selection_block
+    wide = max(c.chosen_blocks * held, 8 * keys * next_power_of_two(p.group, 16)) > 16384 * c.chosen_warps
+    if (c.chosen_warps < 4 and held > 16384) or (c.chosen_blocks > 1 and wide):
         return f"tiles of {keys} keys on {c.chosen_warps} warps need too many registers"
     if c.chosen_blocks > p.count:
         return f"tiles of {c.chosen_blocks} of {p.count} blocks"

@@ -749,7 +749,9 @@ def decode_fwd(
         made(_TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), made(_TOKENS, heads, pieces, 2, _G_PAD), arrived, o,
         scale, heads, compressed.shape[1], splits, parts, *q.stride()[:3],
     )  # fmt: skip
-    _decode_chosen.load(*chosen, TYPES=types(g_cmp))  # the first kernel counts on it to leave `arrived` 0
+    # The second kernel's memory is allocated before the first one is launched: later it may be scratch memory of that one, and both run.
+    # It is loaded before as well: without it `arrived` does not become 0 again.
+    _decode_chosen.load(*chosen, TYPES=types(g_cmp))
     _decode(
         (heads, sequences, parts),
         q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, made(heads, _LAGS, blocks, _M),
