@@ -110,15 +110,17 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     if p.dtype == "float32" or _padded(p) > 128:
         tile = min(tile, 32)
     tile = max(min(tile, p.page_size), units, 16)
-    blocks, warps = max((2048 if _padded(p) <= 128 else 1024) // rows, 16), 8 if rows > 32 or _padded(p) > 128 else 4
+    warps = 8 if rows > 32 or _padded(p) > 128 else 4
+    blocks = max((1024 if _padded(p) > 128 else 2048 if p.storage == FP8 else 4096) // rows, 16)
     chosen = _row_elements(p)
     scores = next_power_of_two(p.group, 16) * p.selection_block
     at_once = 2 if p.storage == FP8 and p.count > 1 and _chosen_bytes(p) <= 16384 and scores <= 1024 else 1  # bytes are few, waits are not
     return {
-        "BLOCK_N": tile, "PROGRAMS": 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
+        "BLOCK_N": tile, "PROGRAMS": 384 if p.storage == FP8 else 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
         "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_blocks": at_once,
         "chosen_warps": 8 if _chosen_bytes(p) > 16384 or max(chosen, scores) >= 8192 else 4,
-        "chosen_stages": _stages(p, at_once * p.selection_block, room), "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
+        "chosen_stages": min(_stages(p, at_once * p.selection_block, room), 5 - at_once),
+        "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
         "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
     }  # fmt: skip
 

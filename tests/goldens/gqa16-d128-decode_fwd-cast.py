@@ -2,7 +2,7 @@
 
 problem 901645d869fd: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 branches=1 page_size=64 tokens=1
-config  0a91fef89e26: BLOCK_B=128 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
+config  aee5d6a85ee0: BLOCK_B=256 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
     chosen_blocks=1 chosen_stages=4 chosen_warps=4 keep_sums=True maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
@@ -484,9 +484,9 @@ def decode_fwd_kernel(
         weigh_tiles(tops, stat_ptr + here * parts * (2 * M), splits, used, row, M)
         # Each block's probability, summed over the group (eq. 10), token by token.
         last = (length - 1) // SELECTED
-        for block0 in tl.range(0, last + 1, 128, num_stages=1):
-            block = block0 + tl.arange(0, 128)
-            importance = tl.zeros([128, M], tl.float32)
+        for block0 in tl.range(0, last + 1, 256, num_stages=1):
+            block = block0 + tl.arange(0, 256)
+            importance = tl.zeros([256, M], tl.float32)
             for back in tl.static_range(LAGS):
                 # All in one layout, factors loaded block by block: nothing but memory is waited for, and once for all lags.
                 exists = ((block >= back) & (block <= last) & (block - back < used * (BLOCK_N // UNITS)))[:, None]
