@@ -217,6 +217,12 @@ def test_chained_launches_change_no_bit(storage):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize(("page_size", "block"), [(48, 16), (96, 32), (192, 64), (320, 64), (16, 16)])
+def test_pages_of_any_size_have_defaults(page_size, block):
+    p = problem(page_size=page_size, selection_block=block, dtype="bfloat16")
+    assert space.safe(p) and all(space.default(p, arch) for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
+
+
 def test_wide_groups_have_defaults():
     for group, block, dim, storage in itertools.product((33, 64, 96, 128), (16, 64, 128), (16, 64, 128, 256), ("bfloat16", FP8)):
         p = problem(group=group, selection_block=block, page_size=128, head_dim_qk=dim, head_dim_v=dim, dtype="bfloat16", storage=storage)

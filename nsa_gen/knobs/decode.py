@@ -109,7 +109,7 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     rows = _rows(p)
     if p.dtype == "float32" or _padded(p) > 128:
         tile = min(tile, 32)
-    tile = max(min(tile, p.page_size), units, 16)
+    tile = max(min(tile, p.page_size & -p.page_size), units, 16)  # tiles fill pages, which need not be powers of two
     warps = 8 if rows > 32 or _padded(p) > 128 else 4
     blocks = max((1024 if _padded(p) > 128 else 2048 if p.storage == FP8 else 4096) // rows, 16)
     chosen = _row_elements(p)
