@@ -1,4 +1,4 @@
-"""Everything about correctness that only a GPU can show, in one run: a table last, JSON on request, exit 1 if anything is wrong.
+"""Everything about correctness that only a GPU can show, in one run: a line for each check as it ends, JSON on request, exit 1 on a fault.
 
     python benchmarks/gpu_check.py [--json FILE] [--specs a,b] [--only verify,memcheck,…] [--jobs N] [--limit SECONDS]
 
@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -304,20 +305,36 @@ CHILDREN = {
 _ALL = "verify,memcheck,racecheck,gradients,deterministic,serving,compile,graph,long,training"
 
 
+_running: set[int] = set()
+
+
+def _stop(*_: object) -> None:
+    """Checks are sessions of their own: who stops this process stops them too."""
+    for group in list(_running):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(143)
+
+
 def _run(name: str, command: list[str], limit: int, **env: str) -> dict[str, object]:
     start = time.time()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": _path(), **env}, capture_output=True, text=True, timeout=limit, check=False
-        )
-        ok, text = done.returncode == 0, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as expired:
-        ok, text = False, f"stopped after {expired.timeout:.0f} s"
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": _path(), **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        _running.add(process.pid)
+        try:
+            text, ok = process.communicate(timeout=limit)[0], process.returncode == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what a sanitizer watches, which it would leave behind
+            text, ok = f"stopped after {limit} s", False
+        _running.discard(process.pid)
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["nothing printed"]
     result = next((line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")), lines[-1])
     if not ok:  # the first lines tell what a sanitizer found, the last ones what Python raised
         print("\n".join([name, *lines[:40], *lines[40:][-30:]]), file=sys.stderr)
-    return {"check": name, "ok": ok, "result": result[:160], "seconds": round(time.time() - start, 1)}
+    row: dict[str, object] = {"check": name, "ok": ok, "result": result[:160], "seconds": round(time.time() - start, 1)}
+    print(f"{'ok ' if ok else 'BAD'} {name:24} {row['seconds']:6.1f} s  {row['result']}", flush=True)
+    return row
 
 
 def _path() -> str:
@@ -338,6 +355,7 @@ def main() -> int:
         print("RESULT", CHILDREN[name](spec_name))
         return 0
 
+    signal.signal(signal.SIGTERM, _stop)
     from nsa_gen.spec import names
 
     specs, only = arguments.specs.split(",") if arguments.specs else names(), arguments.only.split(",")
@@ -357,8 +375,6 @@ def main() -> int:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(lambda check: _run(check[0], check[1], arguments.limit, **check[2]), checks))
     results += [_run(name, [*here, name, ""], arguments.limit) for name in ("long", "training") if name in only]
-    for row in results:
-        print(f"{'ok ' if row['ok'] else 'BAD'} {row['check']:24} {row['seconds']:6.1f} s  {row['result']}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
