@@ -305,14 +305,15 @@ CHILDREN = {
 _ALL = "verify,memcheck,racecheck,gradients,deterministic,serving,compile,graph,long,training"
 
 
+#: Process groups of the checks that run.
 _running: set[int] = set()
 
 
-def _stop(*_: object) -> None:
-    """Checks are sessions of their own: who stops this process stops them too."""
+def _stop(number: int, _: object) -> None:
+    """Checks are sessions of their own: what stops this process stops them too."""
     for group in list(_running):
         os.killpg(group, signal.SIGKILL)
-    os._exit(143)
+    os._exit(128 + number)
 
 
 def _run(name: str, command: list[str], limit: int, **env: str) -> dict[str, object]:
@@ -355,7 +356,8 @@ def main() -> int:
         print("RESULT", CHILDREN[name](spec_name))
         return 0
 
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     from nsa_gen.spec import names
 
     specs, only = arguments.specs.split(",") if arguments.specs else names(), arguments.only.split(",")

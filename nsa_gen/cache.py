@@ -135,7 +135,7 @@ class PagedKVCache:
         self.lengths = torch.zeros(max_sequences, **made)
         #: What the device was told of sequences, for the other layers: slots, and places of rows. Until sequences change.
         self._told: dict[Any, Any] = {}
-        self.arrived = torch.zeros(4 * max_sequences * heads * MOST_TOKENS, **made)
+        self.arrived = torch.zeros(decode.COUNTERS * max_sequences * heads * MOST_TOKENS, **made)
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------
 

@@ -93,8 +93,8 @@ def nsa_decode(
         raise InputError(f"max_seqlen must be a whole number from 1 to the cache's, {cache.max_seqlen}, got {max_seqlen!r}")
     if (given := cache.check_slots(slots)) != count:
         raise InputError(f"slots must be int32 [{count}], for each sequence of q, got [{given}]")
-    if 4 * count * tokens * cache.heads_kv > cache.arrived.numel():
-        most = cache.arrived.numel() // (4 * tokens * cache.heads_kv)
+    most = cache.arrived.numel() // (decode.COUNTERS * tokens * cache.heads_kv)
+    if count > most:
         raise InputError(f"q has {count} sequences of {tokens} tokens, the cache counts for {most}: give it more max_sequences")
     assert slots is not None
     if g_cmp.dtype is not g_slc.dtype or g_cmp.dtype is not g_swa.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..acceptance import Check, check_floats, selection_agrees
+from ..branches.decode import COUNTERS
 from ..config import Problem
 from ..values import Values
 from .case import Call, Case, positions
@@ -138,7 +139,7 @@ class _Decode(Call):
             "q": q.view(count, p.tokens, *q.shape[1:]), "k_pages": pages[0], "v_pages": pages[1], "tables": tuple(tables),
             "scales": (_scales(case, 0, 1, sliding),) * 2,
             "gates": tuple(values.uniform(count, p.tokens, case.heads_query).to(case.dtype) for _ in range(3)),
-            "arrived": values.empty(4 * count * case.heads_kv * p.tokens, dtype=torch.int32), "scale": p.head_dim_qk**-0.5,
+            "arrived": values.empty(COUNTERS * count * case.heads_kv * p.tokens, dtype=torch.int32), "scale": p.head_dim_qk**-0.5,
         }  # fmt: skip
         case.outputs["block_indices"] = values.empty(count, p.tokens, case.heads_kv, p.count, dtype=torch.int32)
         case.outputs["o"] = values.empty(count, p.tokens, case.heads_query, p.head_dim_v)

@@ -94,9 +94,9 @@ def _padded(p: Problem) -> int:
     return next_power_of_two(max(p.head_dim_qk, p.head_dim_v))
 
 
-def _row_elements(p: Problem) -> int:
-    """Elements of a token's o, for one KV head."""
-    return next_power_of_two(p.group, 16) * next_power_of_two(p.head_dim_v)
+def _members(p: Problem) -> int:
+    """Rows of a program of the second kernel: the group of one token."""
+    return next_power_of_two(p.group, 16)
 
 
 def _chosen_bytes(p: Problem) -> int:
@@ -112,8 +112,7 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     tile = max(min(tile, p.page_size & -p.page_size), units, 16)  # tiles fill pages, which need not be powers of two
     warps = 8 if rows > 32 or _padded(p) > 128 else 4
     blocks = max((1024 if _padded(p) > 128 else 2048 if p.storage == FP8 else 4096) // rows, 16)
-    chosen = _row_elements(p)
-    scores = next_power_of_two(p.group, 16) * p.selection_block
+    chosen, scores = _members(p) * next_power_of_two(p.head_dim_v), _members(p) * p.selection_block
     at_once = 2 if p.storage == FP8 and p.count > 1 and _chosen_bytes(p) <= 16384 and scores <= 1024 else 1  # bytes are few, waits are not
     return {
         "BLOCK_N": tile, "PROGRAMS": 384 if p.storage == FP8 else 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
@@ -138,7 +137,7 @@ def _decode_fault(p: Problem, c: Config) -> str | None:
     if p.count < c.CHOSEN_LEAST:
         return f"{c.CHOSEN_LEAST} of {p.count} blocks"
     held, keys = _chosen_bytes(p), c.chosen_blocks * p.selection_block
-    wide = max(c.chosen_blocks * held, 8 * keys * next_power_of_two(p.group, 16)) > 16384 * c.chosen_warps
+    wide = c.chosen_blocks * held > 512 * 32 * c.chosen_warps or _members(p) * keys > 64 * 32 * c.chosen_warps
     if (c.chosen_warps < 4 and held > 16384) or (c.chosen_blocks > 1 and wide):
         return f"tiles of {keys} keys on {c.chosen_warps} warps need too many registers"
     if c.chosen_blocks > p.count:
