@@ -26,7 +26,7 @@ from torch import Tensor
 from . import ops
 from .branches import decode
 from .branches._inputs import DTYPES, SpecLike, geometry_of, on_device_of
-from .config import MOST_TOKENS
+from .config import COUNTERS, MOST_TOKENS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
 from .replay import replayed
@@ -135,7 +135,7 @@ class PagedKVCache:
         self.lengths = torch.zeros(max_sequences, **made)
         #: What the device was told of sequences, for the other layers: slots, and places of rows. Until sequences change.
         self._told: dict[Any, Any] = {}
-        self.arrived = torch.zeros(decode.COUNTERS * max_sequences * heads * MOST_TOKENS, **made)
+        self.arrived = torch.zeros(COUNTERS * max_sequences * heads * MOST_TOKENS, **made)
 
     # --- sequences -----------------------------------------------------------------------------------------------------------------
 

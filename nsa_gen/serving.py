@@ -12,6 +12,7 @@ from torch import Tensor
 from .branches import decode, forward
 from .branches._inputs import check, on_device_of, query_heads, scale_of
 from .cache import MOST_TOKENS, PagedKVCache
+from .config import COUNTERS
 from .errors import InputError
 from .register import register
 
@@ -93,7 +94,7 @@ def nsa_decode(
         raise InputError(f"max_seqlen must be a whole number from 1 to the cache's, {cache.max_seqlen}, got {max_seqlen!r}")
     if (given := cache.check_slots(slots)) != count:
         raise InputError(f"slots must be int32 [{count}], for each sequence of q, got [{given}]")
-    most = cache.arrived.numel() // (decode.COUNTERS * tokens * cache.heads_kv)
+    most = cache.arrived.numel() // (COUNTERS * tokens * cache.heads_kv)
     if count > most:
         raise InputError(f"q has {count} sequences of {tokens} tokens, the cache counts for {most}: give it more max_sequences")
     assert slots is not None

@@ -10,8 +10,6 @@ from ._inputs import geometry, kernel, ready, ready_flat
 
 #: Tables of a cache by what K and V are: those of the selected, the sliding and the compressed branch.
 STREAMS = {2: (0, 0, 1), 4: (1, 2, 3)}
-#: What the kernels count of each new token and KV head, in ``arrived``.
-COUNTERS = 4
 
 
 def decode(
@@ -22,7 +20,7 @@ def decode(
 
     Args:
         k_pages, v_pages, tables, slots, lengths: of a ``PagedKVCache``; slots of S sequences.
-        arrived: int32, 0, at least ``COUNTERS*S*n*Hkv``; left so.
+        arrived: int32, 0, at least ``config.COUNTERS*S*n*Hkv``; left so.
         scales: none, or of fp8 storage: K's and V's ``[3,Hkv]``, of the compressed, the selected and the sliding branch.
         g_cmp, g_slc, g_swa: ``[S,n,Hq]``, all of q's dtype or all of float32.
         max_seqlen: no sequence is longer.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..acceptance import Check, check_floats, selection_agrees
-from ..branches.decode import COUNTERS
-from ..config import Problem
+from ..config import COUNTERS, Problem
 from ..values import Values
 from .case import Call, Case, positions
 from .forward import phi_flops, phi_weights
