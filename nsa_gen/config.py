@@ -46,7 +46,7 @@ SERVING = tuple(kernel for kernel, fields in KEY_FIELDS.items() if "page_size" i
 #: What a cache may store besides the spec's dtype.
 FP8 = "float8_e4m3fn"
 #: What decoding counts of each new token and KV head (``arrived`` of ``branches.decode``).
-COUNTERS = 4
+COUNTERS = 6
 #: New tokens of a sequence that are decoded at a time, at most: one, or what is speculated.
 MOST_TOKENS = 8
 

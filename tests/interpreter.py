@@ -73,8 +73,8 @@ def few_programs(least: int) -> Any:
     return Config.of(
         "decode_fwd",
         {
-            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": least, "BLOCK_B": 64, "block_stages": 1, "keep_sums": True, "CHOSEN_PROGRAMS": 64,
-            "CHOSEN_LEAST": 4, "chosen_blocks": 1, "chosen_warps": 4, "chosen_stages": 1, "sum_stages": 1, "chain": False, "num_warps": 4,
-            "num_stages": 1, "maxnreg": None, "unpack": "cast",
+            "BLOCK_N": 32, "PROGRAMS": 64, "LEAST": least, "TOGETHER": 64, "BLOCK_B": 64, "block_stages": 1, "keep_sums": True,
+            "CHOSEN_PROGRAMS": 64, "CHOSEN_LEAST": 4, "chosen_blocks": 1, "chosen_warps": 4, "chosen_stages": 1, "sum_stages": 1,
+            "chain": False, "num_warps": 4, "num_stages": 1, "maxnreg": None, "asm": False,
         },
     )  # fmt: skip

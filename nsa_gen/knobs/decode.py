@@ -15,6 +15,7 @@ SPACES["decode_fwd"] = Space(
         # Programs that share compressed tokens, of all sequences and KV heads together (half for windows), and the fewest tiles of one.
         Knob("PROGRAMS", _PROGRAMS),
         Knob("LEAST", (1, 2, 4, 8)),
+        Knob("TOGETHER", (0, 16, 64)),  # most sequences times KV heads of which programs wait for each other, to choose together
         Knob("block_stages", (1, 2, 3, 4)),  # of the loop in which importance is put together, BLOCK_B blocks at a time
         Knob("keep_sums", (False, True)),  # in L2, before keys and values, until importance is put together
         Knob("CHOSEN_PROGRAMS", _PROGRAMS),  # that share chosen blocks, of all new tokens and KV heads together
@@ -27,7 +28,7 @@ SPACES["decode_fwd"] = Space(
         Knob("CHOSEN_LEAST", (1, 2, 4)),  # the fewest chosen blocks of a program
         Knob("chosen_blocks", (1, 2, 4)),  # of a tile
         Knob("chosen_warps", (1, 2, 4, 8)),
-        Knob("unpack", ("cast", "asm")),  # of fp8, and "asm" of NVIDIA GPUs
+        Knob("asm", (False, True)),  # inline assembly (of NVIDIA GPUs)
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("BLOCK_B", (16, 32, 64, 128, 256, 512)),
         Knob("BLOCK_N", (16, 32, 64, 128)),  # compressed tokens, or tokens of the window, a tile
@@ -35,8 +36,7 @@ SPACES["decode_fwd"] = Space(
     defaults={
         "": lambda p: _decode(p, 32),
         "gfx942": lambda p: _decode(p, 32, room=32768),
-        "sm_90": lambda p: _decode(p, 64, room=98304) | {"chain": True, "unpack": _unpack(p)},
-        "sm_100": lambda p: _decode(p, 64, room=98304) | {"chain": True, "unpack": _unpack(p)},
+        **dict.fromkeys(("sm_90", "sm_100"), lambda p: _decode(p, 64, room=98304) | {"chain": True, "asm": True, "TOGETHER": 16}),
     },
     safe=lambda p: _decode(p, 16) | {"num_stages": 1, "chosen_blocks": 1, "chosen_stages": 1, "sum_stages": 1},
     illegal=lambda p, c: _decode_fault(p, c),
@@ -115,12 +115,13 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
     chosen, scores = _members(p) * next_power_of_two(p.head_dim_v), _members(p) * p.selection_block
     at_once = 2 if p.storage == FP8 and p.count > 1 and _chosen_bytes(p) <= 16384 and scores <= 1024 else 1  # bytes are few, waits are not
     return {
-        "BLOCK_N": tile, "PROGRAMS": 384 if p.storage == FP8 else 256, "LEAST": 4, "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
+        "BLOCK_N": tile, "PROGRAMS": 512 if p.storage == FP8 else 256, "LEAST": 4, "TOGETHER": 0,
+        "BLOCK_B": blocks, "block_stages": 1, "keep_sums": True,
         "CHOSEN_PROGRAMS": 128, "CHOSEN_LEAST": min(2, p.count), "chosen_blocks": at_once,
         "chosen_warps": 8 if _chosen_bytes(p) > 16384 or max(chosen, scores) >= 8192 else 4,
         "chosen_stages": min(_stages(p, at_once * p.selection_block, room), 5 - at_once),
         "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
-        "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "unpack": "cast",
+        "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "asm": False,
     }  # fmt: skip
 
 
@@ -142,12 +143,4 @@ def _decode_fault(p: Problem, c: Config) -> str | None:
         return f"tiles of {keys} keys on {c.chosen_warps} warps need too many registers"
     if c.chosen_blocks > p.count:
         return f"tiles of {c.chosen_blocks} of {p.count} blocks"
-    return _unpack_fault(p, c)
-
-
-def _unpack(p: Problem) -> str:
-    return "asm" if p.storage == FP8 else "cast"
-
-
-def _unpack_fault(p: Problem, c: Config) -> str | None:
-    return "only fp8 is unpacked" if c.unpack == "asm" and p.storage != FP8 else None
+    return None

@@ -1,9 +1,9 @@
 """decode_fwd, rendered by nsa-gen from templates/decode_fwd.py.jinja. Do not edit: change the template.
 
-problem 901645d869fd: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
-    initial=1 local=2 mapping=overlap window=512 branches=1 page_size=64 tokens=1
-config  aee5d6a85ee0: BLOCK_B=256 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 block_stages=1 chain=True
-    chosen_blocks=1 chosen_stages=4 chosen_warps=4 keep_sums=True maxnreg=None num_stages=3 num_warps=4 sum_stages=3 unpack=cast
+problem e80a351032f2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
+    initial=1 local=2 mapping=overlap window=512 branches=3 page_size=64 tokens=1
+config  f9dbb15c835f: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 TOGETHER=16 asm=True block_stages=1
+    chain=True chosen_blocks=1 chosen_stages=3 chosen_warps=8 keep_sums=True maxnreg=None num_stages=3 num_warps=8 sum_stages=3
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -237,10 +237,10 @@ def weight(unit, PER_BLOCK: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pages_ptr, row0, count, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """[ROWS, D_PAD] from row0 on, counted over the rows of all pages and heads, which are D long; in one page. 0 past column D, and from
-    `count` rows on; with `count` None these hold anything."""
-    row = tl.arange(0, ROWS)[:, None]
+def load_rows(pages_ptr, row0, row, count, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows row0 + row, counted over the rows of all pages and heads, which are D long; in one page: [rows, D_PAD]. 0 past column D, and
+    where `row` is `count` or more; with `count` None these hold anything."""
+    row = row[:, None]
     column = tl.arange(0, D_PAD)[None, :]
     x_ptr = pages_ptr + row0 * D + (row * D + column)
     if count is not None:
@@ -266,27 +266,25 @@ def whole(x):
 
 @triton.jit
 def attend(
-    q, o, top, totals, k_ptr, v_ptr, row0, count, seen, qk_scale,
-    ROWS: tl.constexpr, D_QK: tl.constexpr, DQ: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr,
+    q, o, top, totals, k_ptr, v_ptr, row0, row, count, seen, qk_scale,
+    D_QK: tl.constexpr, DQ: tl.constexpr, D_V: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys from row0 on, `count` of them values (of all rows, or each row's own [ROWS, 1]), into a running softmax: (o [M, DV],
-    not divided by the total; top [M], log2 domain; totals [M, ROWS] yet to be added up; probabilities [M, ROWS] of the tile's own top; that
-    top). q and o are `apart`. A row that has seen nothing has top -inf. Totals stay apart because warps share the keys of a tile: to add
-    them up, they would wait for each other."""
-    k = load_rows(k_ptr, row0, None, ROWS, D_QK, DQ)
-    v = load_rows(v_ptr, row0, count, ROWS, D_V, DV)
+    """A tile of keys, rows row0 + row, `count` of them values (of all rows, or each row's own [rows, 1]), into a running softmax:
+    (o [M, DV], not divided by the total; top [M], log2 domain; totals [M, rows] yet to be added up; the tile's probabilities [M, rows] for
+    that top). q and o are `apart`. A row that has seen nothing has top -inf. Totals stay apart because warps share the keys of a tile: to
+    add them up, they would wait for each other."""
+    k = load_rows(k_ptr, row0, row, None, D_QK, DQ)
+    v = load_rows(v_ptr, row0, row, count, D_V, DV)
     scores = tl.dot(q[0], tl.trans(k), input_precision="ieee") * qk_scale
     scores = tl.where(seen, scores, -float("inf"))
-    tile_top = tl.max(scores, 1)
-    prob = tl.exp2(scores - tl.where(tile_top == -float("inf"), 0.0, tile_top)[:, None])
-    new_top = tl.maximum(top, tile_top)
+    new_top = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-    old, new = tl.exp2(top - safe), tl.exp2(tile_top - safe)
-    weights = prob * new[:, None]
-    totals = totals * old[:, None] + weights
-    weights = weights.to(q[0].dtype)
+    old = tl.exp2(top - safe)
+    prob = tl.exp2(scores - safe[:, None])
+    totals = totals * old[:, None] + prob
+    weights = prob.to(q[0].dtype)
     o = (tl.dot(weights, v, o[0] * old[:, None], input_precision="ieee"),)
-    return o, new_top, totals, prob, tile_top
+    return o, new_top, totals, prob
 
 
 @triton.jit
@@ -310,6 +308,16 @@ def softmax_of(stat_ptr, count, rows, size):
 
 
 @triton.jit
+def wait_for(arrived_ptr, count):
+    """Until `count` is in the lower half of arrived_ptr: what was stored before can be read. Gives all of it. Only for programs that have
+    begun: others may wait for this one to end."""
+    found = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    while found & 65535 < count:
+        found = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    return found
+
+
+@triton.jit
 def last_to_arrive(arrived_ptr, programs):
     """Whether the other programs that count at arrived_ptr are all done: what they have stored can be read. The count is then 0 again."""
     tl.debug_barrier()
@@ -321,18 +329,32 @@ def last_to_arrive(arrived_ptr, programs):
 
 
 @triton.jit
-def weigh_tiles(tops_ptr, stat_ptr, splits, tiles, row, M: tl.constexpr):
-    """In place of each tile's tops [tiles, M], what its sums are multiplied by: once for all blocks of a tile."""
-    tile = tl.arange(0, 1024 // M)
-    place = tops_ptr + (tile[:, None] * M + row[None, :])
-    tops = tl.load(place, mask=(tile < tiles)[:, None], other=-float("inf"))  # before what it does not wait for
+def weigh_tiles(tops_ptr, factors_ptr, stat_ptr, splits, begin, end, row, M: tl.constexpr):
+    """What the sums of tiles [begin, end) are multiplied by, [tiles, M], by their tops: once for all blocks of a tile."""
+    tile = begin + tl.arange(0, 1024 // M)
+    place = tile[:, None] * M + row[None, :]
+    tops = tl.load(tops_ptr + place, mask=(tile < end)[:, None], other=-float("inf"))  # before what it does not wait for
     top, total = softmax_of(stat_ptr, splits, row, M)
     factor = 1.0 / total
-    for first in range(0, tiles, 1024 // M):
-        tl.store(place + first * M, tl.exp2(tops - top[None, :]) * factor[None, :], mask=(first + tile < tiles)[:, None])
+    for first in range(0, end - begin, 1024 // M):
+        tl.store(factors_ptr + place + first * M, tl.exp2(tops - top[None, :]) * factor[None, :], mask=(first + tile < end)[:, None])
         following = first + 1024 // M
-        tops = tl.load(place + following * M, mask=(following + tile < tiles)[:, None], other=-float("inf"))
+        tops = tl.load(tops_ptr + place + following * M, mask=(following + tile < end)[:, None], other=-float("inf"))
     tl.debug_barrier()  # who reads them is another thread
+
+
+@triton.jit
+def put(pointers, x, mask, policy):
+    """Stores fp32 x from where it is. The compiler would change its layout first, in which warps wait for each other."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.ne.s32 wanted, $3, 0;
+        @wanted st.global.L2::cache_hint.b32 [$1], $2, $4;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,f,r,l", [pointers.to(tl.int64), x, mask.to(tl.int32), policy], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -348,10 +370,12 @@ def decode_fwd_kernel(
     part_ptr,  # [S, Hkv, parts, M, D_V] fp32: a program's o for its own top, not divided by its total
     stat_ptr,  # [S, Hkv, parts, 2, M] fp32: top (log2 domain), total
     sums_ptr,  # [S, Hkv, LAGS, blocks, M] fp32: what a block gets from the UNITS tokens that start lag blocks before, for their tile's top
-    tops_ptr,  # [S, Hkv, tiles, M] fp32: tiles' tops, then what their sums are multiplied by
+    tops_ptr,  # [S, Hkv, tiles, M] fp32: tops that tiles' probabilities are for
+    factors_ptr,  # [S, Hkv, tiles, M] fp32: what their sums are multiplied by
     scores_ptr,  # [S, TOKENS, Hkv, blocks] fp32
     index_ptr,  # [S, TOKENS, Hkv, COUNT] int32
-    arrived_ptr,  # [4, S, TOKENS, Hkv] int32, 0: splits that are done; results that are there, all splits' as one; choices; pieces done
+    # [6, S, TOKENS, Hkv] int32, 0: splits done; results that are there, all splits' as one; choices; pieces done; splits begun; shares done
+    arrived_ptr,
     scale: tl.float32,
     splits: tl.int32,  # programs that share compressed tokens; the others share the window
     max_pages: tl.int32,
@@ -383,9 +407,11 @@ def decode_fwd_kernel(
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPREAD: tl.constexpr,
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     tl.extra.cuda.gdc_wait()  # for what the kernel before has written: programs may be there earlier
     head = tl.program_id(0)
@@ -408,20 +434,16 @@ def decode_fwd_kernel(
     end_key = keys
     sharing = splits
     number = part
-    local = tl.maximum(position // SELECTED - LOCAL + 1, 0) * SELECTED  # where a row's local blocks begin
     if sliding:
-        if part == parts - 1:
-            oldest = local
-            first_key = tl.maximum((length - TOKENS) // SELECTED - LOCAL + 1, 0) * SELECTED
-            sharing = 1
-            number = 0
-        else:
-            newest = local - 1
-            end_key = tl.maximum((length - 1) // SELECTED - LOCAL + 1, 0) * SELECTED
-            sharing = parts - splits - 1
-            number = part - splits
+        sharing = parts - splits
+        number = part - splits
     newest = tl.where(valid, newest, -1)
     here = sequence.to(tl.int64) * heads + head
+    counters = tl.num_programs(1) * TOKENS * heads
+    done_ptr = arrived_ptr + here
+    begun_ptr = done_ptr + 4 * counters
+    if part < (splits if TOGETHER else 0):
+        tl.atomic_add(begun_ptr, 1, sem="relaxed")
 
     column = tl.arange(0, DQ)
     q_rows = sequence.to(tl.int64) * stride_qs + row // G * stride_qt + (head * G + row % G) * stride_qh
@@ -446,31 +468,36 @@ def decode_fwd_kernel(
     # The second kernel's programs are let in once all of these have begun and compressed tokens are read. They wait for what they need.
     if sliding:
         tl.extra.cuda.gdc_launch_dependents()
+    # Of a row of scores, tensor cores hand a thread two neighbours, and two more from further on in a tile: a block's units go there.
+    inner = tl.arange(0, BLOCK_N)
+    if SPREAD:
+        inner = tl.reshape(tl.permute(tl.reshape(inner, [BLOCK_N // (4 * UNITS), 4, UNITS // 2, 2]), [2, 0, 1, 3]), [BLOCK_N])
+    policy = tl.inline_asm_elementwise(
+        "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;",
+        "=l,r", [0], dtype=tl.int64, is_pure=True, pack=1,
+    )  # fmt: skip
     # A tile's page is looked up one tile ahead: a pipeline that did so would wait for the rows before it each time.
     page = tl.load(table + begin * BLOCK_N // PAGE, mask=begin < end, other=0)
     for tile in tl.range(begin, end, num_stages=STAGES):
         key0 = tile * BLOCK_N
         row0 = (page.to(tl.int64) * heads + head) * PAGE + key0 % PAGE
         page = tl.load(table + (key0 + BLOCK_N) // PAGE, mask=tile + 1 < end, other=0)
-        key = (key0 + tl.arange(0, BLOCK_N))[None, :]
+        key = (key0 + inner)[None, :]
         seen = (key <= newest[:, None]) & (key >= oldest[:, None])
-        o, top, totals, prob, tile_top = attend(
-            q, o, top, totals, k_ptr, v_ptr, row0, keys - key0, seen, qk_scale, BLOCK_N, D_QK, DQ, D_V, DV
-        )
-        tl.store(tops + tile * M + row, tile_top, mask=part < splits)
-        # All lags in one store: each takes a change of layout, in which warps wait for each other.
+        o, top, totals, prob = attend(q, o, top, totals, k_ptr, v_ptr, row0, inner, keys - key0, seen, qk_scale, D_QK, DQ, D_V, DV)
+        if SPREAD:
+            prob = tl.permute(tl.reshape(prob, [M, UNITS // 2, BLOCK_N // (4 * UNITS), 4, 2]), [0, 2, 3, 1, 4])
         given = tl.sum(tl.reshape(prob, [M, BLOCK_N // UNITS, 1, UNITS]) * count, 3)
         to = tile * (BLOCK_N // UNITS) + group + lag
         fits = (lag < LAGS) & (to < blocks) & (part < splits)
         place = sums + ((lag * blocks + to) * M)[None] + row[:, None, None]
-        tl.store(place, given, mask=fits[None], eviction_policy="evict_last")
-
+        put(place, given, fits[None], policy)
+        put(tops + tile * M + row, top, part < splits, policy)
     column = tl.arange(0, DV)
     place = here * parts + part
     tl.store(part_ptr + (place * M + row)[:, None] * D_V + column[None, :], whole(o), mask=valid[:, None] & (column < D_V)[None, :])
     tl.store(stat_ptr + place * (2 * M) + row, top)
     tl.store(stat_ptr + place * (2 * M) + M + row, tl.sum(totals, 1))
-    counters = tl.num_programs(1) * TOKENS * heads
     of_tokens = arrived_ptr + counters + sequence * TOKENS * heads + head
     if sliding:
         tl.debug_barrier()  # of the stores of all threads
@@ -478,33 +505,60 @@ def decode_fwd_kernel(
             tl.atomic_add(of_tokens + token * heads, 1, sem="release")
         return
     tl.extra.cuda.gdc_launch_dependents()
-    if last_to_arrive(arrived_ptr + here, splits):
-        for token in tl.static_range(TOKENS):
-            tl.atomic_add(of_tokens + token * heads, 1, sem="release")
-        weigh_tiles(tops, stat_ptr + here * parts * (2 * M), splits, used, row, M)
-        # Each block's probability, summed over the group (eq. 10), token by token.
+    # Importance is put together by the last split to be done; TOGETHER, by all that are still there by then. A split stays if all others
+    # have begun, so the last one to begin does. How many stay is counted in the upper half.
+    if TOGETHER:
+        stays = tl.atomic_add(begun_ptr, 0, sem="relaxed") == splits
+        tl.debug_barrier()
+        rank = tl.atomic_add(done_ptr, tl.where(stays, 65537, 1), sem="acq_rel") >> 16
+    else:
+        stays = last_to_arrive(done_ptr, splits)
+        rank = 0
+    if stays:
+        sharers = 1
+        if TOGETHER:
+            sharers = wait_for(done_ptr, splits) >> 16
+        if rank == 0:
+            for token in tl.static_range(TOKENS):
+                tl.atomic_add(of_tokens + token * heads, 1, sem="release")
         last = (length - 1) // SELECTED
-        for block0 in tl.range(0, last + 1, 256, num_stages=1):
-            block = block0 + tl.arange(0, 256)
-            importance = tl.zeros([256, M], tl.float32)
+        each = last // sharers + 1
+        begin = rank * each
+        end = tl.minimum(begin + each, last + 1)
+        factors = factors_ptr + here * M * tiles
+        first_tile = tl.maximum(begin - LAGS + 1, 0) * UNITS // BLOCK_N
+        end_tile = tl.minimum((end - 1) * UNITS // BLOCK_N + 1, used)
+        weigh_tiles(tops, factors, stat_ptr + here * parts * (2 * M), splits, first_tile, end_tile, row, M)
+        # Each block's probability, summed over the group (eq. 10), token by token.
+        for block0 in tl.range(begin, end, 64, num_stages=1):
+            block = block0 + tl.arange(0, 64)
+            importance = tl.zeros([64, M], tl.float32)
             for back in tl.static_range(LAGS):
                 # All in one layout, factors loaded block by block: nothing but memory is waited for, and once for all lags.
-                exists = ((block >= back) & (block <= last) & (block - back < used * (BLOCK_N // UNITS)))[:, None]
+                exists = ((block >= back) & (block < end) & (block - back < used * (BLOCK_N // UNITS)))[:, None]
                 given = tl.load(sums + (back * blocks + block)[:, None] * M + row[None, :], mask=exists, other=0.0)
-                of_tile = tops + (block - back) * UNITS // BLOCK_N * M
+                of_tile = factors + (block - back) * UNITS // BLOCK_N * M
                 importance += given * tl.load(of_tile[:, None] + row[None, :], mask=exists, other=0.0)
             for token in tl.static_range(TOKENS):
                 of_token = tl.sum(tl.where((row // G == token)[None, :], importance, 0.0), 1)
                 target = scores_ptr + ((sequence.to(tl.int64) * TOKENS + token) * heads + head) * blocks
-                tl.store(target + block, of_token, mask=block <= last)
-        tl.debug_barrier()  # the whole row is read by every thread
-        for token in range(TOKENS):
-            at = (sequence.to(tl.int64) * TOKENS + token) * heads + head
-            current = tl.maximum(length - TOKENS + token, 0) // SELECTED
-            row_of, chosen = scores_ptr + at * blocks, index_ptr + at * COUNT
-            choose(row_of, chosen, current, COUNT, SLOTS, INITIAL, LOCAL, GROUPS, BITS, LEAST, WIDTH, RESIDENT)
-            tl.debug_barrier()
-            tl.atomic_xchg(of_tokens + (counters + token * heads), 1, sem="release")
+                tl.store(target + block, of_token, mask=block < end)
+        if TOGETHER:
+            chooses = last_to_arrive(done_ptr + 5 * counters, sharers)
+            if chooses:
+                tl.store(done_ptr, 0)
+                tl.store(begun_ptr, 0)
+        else:
+            chooses = True
+            tl.debug_barrier()  # the whole row is read by every thread
+        if chooses:
+            for token in range(TOKENS):
+                at = (sequence.to(tl.int64) * TOKENS + token) * heads + head
+                current = tl.maximum(length - TOKENS + token, 0) // SELECTED
+                row_of, chosen = scores_ptr + at * blocks, index_ptr + at * COUNT
+                choose(row_of, chosen, current, COUNT, SLOTS, INITIAL, LOCAL, GROUPS, BITS, LEAST, WIDTH, RESIDENT)
+                tl.debug_barrier()
+                tl.atomic_xchg(of_tokens + (counters + token * heads), 1, sem="release")
 
 
 @triton.jit
@@ -514,13 +568,6 @@ def load_gate(gate_ptr, place, valid, v_scale_ptr, which):
     if v_scale_ptr is not None:
         gate *= tl.load(v_scale_ptr + which)
     return gate
-
-
-@triton.jit
-def wait_for(arrived_ptr, count):
-    """Until the first kernel has come so far. All of its programs have begun when one of the second does, so it will."""
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < count:
-        pass
 
 
 @triton.jit
@@ -592,6 +639,7 @@ def decode_chosen_fwd_kernel(
     g_cmp = load_gate(g_cmp_ptr, place, valid, v_scale_ptr, head)
     g_slc = load_gate(g_slc_ptr, place, valid, v_scale_ptr, heads + head)
     g_swa = load_gate(g_swa_ptr, place, valid, v_scale_ptr, 2 * heads + head)
+    # All programs of the first kernel have begun when one of this one does.
     wait_for(arrived + counters, parts - splits + 1)
     # Partial results of compressed attention (the first `splits`) and the window, while blocks are chosen if this kernel is there by then.
     of_head = (sequence.to(tl.int64) * heads + head) * parts
@@ -599,12 +647,9 @@ def decode_chosen_fwd_kernel(
     dense = dense_part_ptr + (of_head * M + rows)[:, None] * D_V + column[None, :]
     stats = dense_stat_ptr + of_head * (2 * M)
     inner = tl.arange(0, TILE)
-    # The last chosen blocks are local: what was added up for them, the last part, is where the first piece begins.
-    begun = stats + (parts - 1) * (2 * M) + rows
-    first = valid & (piece == 0)
-    o = tl.load(dense + (parts - 1) * (M * D_V), mask=inside & first[:, None], other=0.0)
-    top = tl.load(begun, mask=first, other=-float("inf"))
-    totals = tl.where(inner[None, :] == 0, tl.load(begun + M, mask=first, other=0.0)[:, None], 0.0)
+    o = tl.zeros([G_PAD, DV], tl.float32)
+    top = tl.full([G_PAD], -float("inf"), tl.float32)
+    totals = tl.zeros([G_PAD, TILE], tl.float32)
     cmp_top, cmp_total = softmax_of(stats, splits, rows, M)
     swa_top, swa_total = softmax_of(stats + splits * (2 * M), parts - splits, rows, M)
     cmp_factor, swa_factor = g_cmp / cmp_total, g_swa / swa_total
@@ -620,17 +665,16 @@ def decode_chosen_fwd_kernel(
     page = tl.load(selected_ptr + slot.to(tl.int64) * max_pages + indices * SELECTED // PAGE, mask=indices >= 0, other=0)
     row_of = (page.to(tl.int64) * heads + head) * PAGE + indices * SELECTED % PAGE
     chosen = tl.sum((indices >= 0).to(tl.int32), 0)
-    chosen -= tl.minimum(LOCAL, position // SELECTED + 1)
     q = apart(q)
     o = apart(o)
     each = (chosen + pieces - 1) // pieces
     end = tl.minimum((piece + 1) * each, chosen)
-    for i in tl.range(piece * each, end, TILE // SELECTED, num_stages=4):
+    for i in tl.range(piece * each, end, TILE // SELECTED, num_stages=3):
         key0 = tl.sum(tl.where(slots == i, indices, 0), 0) * SELECTED
         row0 = tl.sum(tl.where(slots == i, row_of, 0), 0)
         seen = key0 + inner <= position
         values = length - key0
-        o, top, totals, _, _ = attend(q, o, top, totals, k_ptr, v_ptr, row0, values, seen[None, :], qk_scale, TILE, D_QK, DQ, D_V, DV)
+        o, top, totals, _ = attend(q, o, top, totals, k_ptr, v_ptr, row0, inner, values, seen[None, :], qk_scale, D_QK, DQ, D_V, DV)
     o = whole(o)
 
     total = tl.sum(totals, 1)
@@ -669,16 +713,16 @@ _TOKENS = 1
 _M = 16
 _G_PAD = 16
 _BLOCK = 64
-_BLOCK_N = 64
+_BLOCK_N = 32
 _LAGS = 2
-_WARPS = 4
+_WARPS = 8
 _LEAST = max(128 * _WARPS, 32)
 _COMMON = {
     "G": 16,
     "TOKENS": _TOKENS,
     "M": _M,
-    "D_QK": 128,
-    "DQ": 128,
+    "D_QK": 192,
+    "DQ": 256,
     "D_V": 128,
     "DV": 128,
     "PAGE": 64,
@@ -702,6 +746,7 @@ _decode = Launcher(
         "LEAST": _LEAST,
         "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
+        "SPREAD": False,
         "STAGES": 3,
     },
     num_warps=_WARPS,
@@ -716,8 +761,8 @@ _decode_chosen = Launcher(
         "G_PAD": _G_PAD,
         "TILE": _BLOCK * 1,
     },
-    num_warps=4,
-    num_stages=4,
+    num_warps=8,
+    num_stages=3,
     launch_pdl=True,
 )
 
@@ -735,7 +780,7 @@ def decode_fwd(
         compressed, selected, sliding: [slots, max_pages] int32 contiguous: pages of compressed tokens and of the branches' tokens.
         slots: [S] int32.
         lengths: [slots] int32: tokens of each, the new ones included.
-        arrived: [at least 4 * S * tokens * Hkv] int32, 0; left so.
+        arrived: [at least 6 * S * tokens * Hkv] int32, 0; left so.
         g_cmp, g_slc, g_swa: [S, tokens, Hq] contiguous, of one dtype.
         block_indices: [S, tokens, Hkv, n] int32 contiguous, written: ascending, distinct, -1 last.
         o: [S, tokens, Hq, D_V] contiguous, written.
@@ -747,7 +792,7 @@ def decode_fwd(
     pairs = sequences * heads
     share = 256 // max(pairs, 1)
     splits = max(min(share, tiles // 4), 1)
-    parts = splits + max(min(share // 2, (385 // _BLOCK_N + 1) // 4), 1) + 1
+    parts = splits + max(min(share // 2, (513 // _BLOCK_N + 1) // 4), 1) + 0
 
     def made(*shape):
         return torch.empty((sequences, *shape), dtype=torch.float32, device=device)
@@ -756,7 +801,7 @@ def decode_fwd(
     stat = made(heads, parts, 2, _M)
     width = max(1 << (-(-max_seqlen // _BLOCK) - 1).bit_length(), _LEAST)
     resident = width <= 1024 * _WARPS
-    pieces = max(min(128 // max(_TOKENS * pairs, 1), 14 // 2), 1)
+    pieces = max(min(128 // max(_TOKENS * pairs, 1), 16 // 2), 1)
     chosen = (
         q, k_pages, v_pages, selected, k_scale, v_scale, slots, lengths, block_indices, part, stat, g_cmp, g_slc, g_swa,
         made(_TOKENS, heads, pieces, 2, _G_PAD, v_pages.shape[3]), made(_TOKENS, heads, pieces, 2, _G_PAD), arrived, o,
@@ -768,8 +813,9 @@ def decode_fwd(
     _decode(
         (heads, sequences, parts),
         q, k_pages, v_pages, k_scale, compressed, sliding, slots, lengths, part, stat, made(heads, _LAGS, blocks, _M),
-        made(heads, tiles, _M), made(_TOKENS, heads, blocks), block_indices, arrived,
+        made(heads, tiles, _M), made(heads, tiles, _M), made(_TOKENS, heads, blocks), block_indices, arrived,
         scale, splits, compressed.shape[1], blocks, tiles, *q.stride()[:3],
         WIDTH=width if resident else max(2048, _LEAST), RESIDENT=resident,
+        TOGETHER=splits > 1 and pairs <= 16,
     )  # fmt: skip
     _decode_chosen((_TOKENS * heads, sequences, pieces), *chosen, TYPES=types(g_cmp))
