@@ -121,7 +121,7 @@ def _decode(p: Problem, tile: int, room: int = 65536) -> dict[str, Value]:
         "chosen_warps": 8 if _chosen_bytes(p) > 16384 or max(chosen, scores) >= 8192 else 4,
         "chosen_stages": min(_stages(p, at_once * p.selection_block, room), 5 - at_once),
         "sum_stages": min(3, 1 + room // (8 * chosen)), "chain": False,
-        "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3), "maxnreg": None, "asm": False,
+        "num_warps": warps, "num_stages": min(_stages(p, tile, room), 3 if p.storage == FP8 else 4), "maxnreg": None, "asm": False,
     }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 problem 901645d869fd: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=128 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 branches=1 page_size=64 tokens=1
-config  e322b77717ca: BLOCK_B=256 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 TOGETHER=16 asm=True block_stages=1
-    chain=True chosen_blocks=1 chosen_stages=4 chosen_warps=4 keep_sums=True maxnreg=None num_stages=3 num_warps=4 sum_stages=3
+config  551c44760027: BLOCK_B=256 BLOCK_N=64 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 TOGETHER=16 asm=True block_stages=1
+    chain=True chosen_blocks=1 chosen_stages=4 chosen_warps=4 keep_sums=True maxnreg=None num_stages=4 num_warps=4 sum_stages=3
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -760,10 +760,10 @@ _decode = Launcher(
         "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
         "SPREAD": True,
-        "STAGES": 3,
+        "STAGES": 4,
     },
     num_warps=_WARPS,
-    num_stages=3,
+    num_stages=4,
     maxnreg=None,
     launch_pdl=True,
 )

@@ -2,8 +2,8 @@
 
 problem e80a351032f2: dtype=bfloat16 storage=bfloat16 group=16 head_dim_qk=192 head_dim_v=128 block=32 stride=16 selection_block=64 count=16
     initial=1 local=2 mapping=overlap window=512 branches=3 page_size=64 tokens=1
-config  f9dbb15c835f: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 TOGETHER=16 asm=True block_stages=1
-    chain=True chosen_blocks=1 chosen_stages=3 chosen_warps=8 keep_sums=True maxnreg=None num_stages=3 num_warps=8 sum_stages=3
+config  2d0de1ac07a9: BLOCK_B=64 BLOCK_N=32 CHOSEN_LEAST=2 CHOSEN_PROGRAMS=128 LEAST=4 PROGRAMS=256 TOGETHER=16 asm=True block_stages=1
+    chain=True chosen_blocks=1 chosen_stages=3 chosen_warps=8 keep_sums=True maxnreg=None num_stages=4 num_warps=8 sum_stages=3
 command: python -m nsa_gen generate SPEC --target TARGET -o DIR
 """
 
@@ -747,10 +747,10 @@ _decode = Launcher(
         "WINDOW": 512,
         "BLOCK_N": _BLOCK_N,
         "SPREAD": False,
-        "STAGES": 3,
+        "STAGES": 4,
     },
     num_warps=_WARPS,
-    num_stages=3,
+    num_stages=4,
     maxnreg=None,
     launch_pdl=True,
 )
