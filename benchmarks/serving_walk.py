@@ -157,7 +157,8 @@ class Walk:
             who = self.some(of=able)
             q, gates = self.queries(len(who) * n)
             shaped = [x if n == 1 else x.unflatten(0, (len(who), n)) for x in (q, *gates)]
-            o = nsa_decode(*shaped, cache=self.cache, sequences=who)
+            how = self.random.choice([{"sequences": who}, {"slots": self.cache.slots(who)}])
+            o = nsa_decode(*shaped, cache=self.cache, **how)
             self.held_to_reference(dict.fromkeys(who, n), q, gates, o if n == 1 else o.flatten(0, 1))
             self.found["decodes"] += 1
 

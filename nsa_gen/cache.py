@@ -14,9 +14,9 @@ copied there for the kernels. Row ``r`` of stream ``s`` of a sequence in slot ``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,15 @@ from .branches._inputs import DTYPES, SpecLike, geometry_of, on_device_of
 from .config import COUNTERS, MOST_TOKENS
 from .errors import InputError, allowed
 from .pages import Change, Pages, Stream
-from .replay import replayed
+from .replay import Repeats, replayed
 from .rows import FP8, Places, Rows
 from .spec import load
 
 __all__ = ["PagedKVCache"]
 
 _append = replayed(decode.append)
+_repeats = Repeats()
+_serials = itertools.count()
 
 Branches = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -128,6 +130,7 @@ class PagedKVCache:
             k_scale=k_scale, v_scale=v_scale, phi_k=phi_k, phi_v=phi_v, device=self.device,
         )  # fmt: skip
         self.layers, self.max_seqlen = layers, max_seqlen
+        self.serial = next(_serials)  # no other cache has it, nor will one
         self.k_pages, self.v_pages, self.phi, self.scales = self._rows.k_pages, self._rows.v_pages, self._rows.phi, self._rows.scales
         self.device = self.k_pages.device  # with its index
         made = {"dtype": torch.int32, "device": self.device}
@@ -273,12 +276,19 @@ class PagedKVCache:
         Raises:
             InputError: another shape, dtype, device, or number of tokens, or no such layer.
         """
+        several = self.per_branch and type(k) is type(v) is tuple and len(k) == len(v) == 3
+        new = (slots, *k, *v) if several else (slots, k, v)
+        key = _repeats.key(new, self.serial, layer)
+        if (record := _repeats.known.get(key)) is not None:
+            held = *self.layer(layer), self.tables, *self._rows.stored_scales[layer], self.lengths, *itertools.chain(*self.phi[layer])
+            if record(*new, *held) is not None:
+                return
         self.layer(layer)
         given, count = self._given(k, v), self.check_slots(slots)
         total = given[0][0].shape[0]
         if not count or total % count or not 1 <= total // count <= MOST_TOKENS:
             raise InputError(f"{total} tokens for {count} sequences: allowed are 1 to {MOST_TOKENS} of each")
-        self._fill_few(given, slots, layer)
+        self._fill_few(given, slots, layer, key)
 
     def read(self, sequence: int, stream: str = "tokens", layer: int = 0) -> tuple[Tensor, Tensor]:
         """K and V of a stream, ``[rows,Hkv,Dqk]`` and ``[rows,Hkv,Dv]`` in ``dtype``, in one piece.
@@ -323,13 +333,14 @@ class PagedKVCache:
             self._write(stream, [(s, before[s], before[s] + n) for s, n in more.items()], x, y, layer)
         self._compress(more, before, layer)
 
-    def _fill_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor, layer: int) -> None:
-        k, v = zip(*given, strict=True)
+    def _fill_few(self, given: list[tuple[Tensor, Tensor]], slots: Tensor, layer: int, key: Any = None) -> None:
+        args = (
+            slots, *zip(*given, strict=True), *self.layer(layer), self.tables, self._rows.stored_scales[layer], self.lengths,
+            *self.phi[layer], self.geometry.key, self.max_seqlen,
+        )  # fmt: skip
         with on_device_of(self.lengths) or nullcontext():
-            _append(
-                slots, k, v, *self.layer(layer), self.tables, self._rows.stored_scales[layer], self.lengths, *self.phi[layer],
-                self.geometry.key, self.max_seqlen,
-            )  # fmt: skip
+            _append(*args)
+        _repeats.note(key, _append, *args)
 
     def _given(self, k: Branches, v: Branches) -> list[tuple[Tensor, Tensor]]:
         """K and V of each stream that takes tokens, checked."""
@@ -382,7 +393,7 @@ class PagedKVCache:
         if not new:
             return
         reach = [(s, first * g.stride, (last - 1) * g.stride + g.block) for s, first, last in new]
-        limits = [0, *accumulate(end - begin for _, begin, end in reach)]
+        limits = [0, *itertools.accumulate(end - begin for _, begin, end in reach)]
         where: dict[str, Any] = {"spec": self.spec, "cu_seqlens": self._int32(limits), "max_seqlen": max(e - b for _, b, e in reach)}
         rows_of = [np.arange(last - first) + limit // g.stride for (_, first, last), limit in zip(new, limits[:-1], strict=True)]
         index = torch.from_numpy(np.concatenate(rows_of)).to(self.device)

@@ -35,7 +35,7 @@ def register(
         keep: which outputs ``backward`` needs. Inputs are all kept.
     """
     _library.define(name + schema)
-    run = replayed(run)
+    run = run if isinstance(run, replayed) else replayed(run)
 
     def on_device(first: Tensor, *args: Any) -> Any:
         other = on_device_of(first)

@@ -10,10 +10,10 @@ look-up, one allocation for its results each and one for all scratch, and its ba
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from types import FunctionType
+from functools import update_wrapper
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ from .launch import TensorDescriptor
 #: Calls of an operator that are remembered; past it, all are forgotten.
 MOST = 1024
 _SEEN, _NEVER = "seen once", "not replayable"
+_PLAIN = (int, float, NoneType)
 _ALIGNMENT = 256
 _aten = torch.ops.aten
 _ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _one_at_a_time = threading.Lock()
 
 
-def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
+class replayed:
     """``call``, replayed where it can be.
 
     Args:
@@ -40,47 +41,96 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
             tuple of such, which may be empty. Besides its arguments it depends on ``kernels.state()`` only, and on what
             ``kernels.clear()`` has read anew.
     """
-    known: dict[tuple[Any, ...], Any] = kernels.remember({})
 
-    @wraps(call)
-    def run(first: Tensor, *rest: Any) -> Any:
+    def __init__(self, call: Callable[..., Any]):
+        update_wrapper(self, call)
+        self.call = call
+        self.known: dict[tuple[Any, ...], Any] = kernels.remember({})
+
+    def __call__(self, first: Tensor, *rest: Any) -> Any:
         index = first.get_device()
         if index < 0:
-            return call(first, *rest)
-        tensors = [first]
-        like = [index, kernels.state(), first.shape, first.stride(), first.dtype]
-        for x in rest:
-            if isinstance(x, Tensor):
-                tensors.append(x)
-                like += x.shape, x.stride(), x.dtype
-            elif type(x) is list or type(x) is tuple:
-                tensors += x
-                like.append(len(x))
-                for y in x:
-                    like += y.shape, y.stride(), y.dtype
-            else:
-                like.append(x)
-        key = tuple(like)
-        found = known.get(key)
+            return self.call(first, *rest)
+        key, tensors = _like(index, first, rest)
+        found = self.known.get(key)
         if type(found) is FunctionType:
             result = found(*tensors)
-            return call(first, *rest) if result is None else result
+            return self.call(first, *rest) if result is None else result
         # One tensor in two places may be two the next time: such a call says nothing about others.
         if found is _SEEN and len({id(x) for x in tensors}) == len(tensors) and _one_at_a_time.acquire(blocking=False):
             try:
-                result, made = _record(call, (first, *rest), tensors)
+                result, made = _record(self.call, (first, *rest), tensors)
             finally:
                 _one_at_a_time.release()
-            if known.get(key) is _SEEN:  # else its kernels were forgotten meanwhile
-                known[key] = made
+            if self.known.get(key) is _SEEN:  # else its kernels were forgotten meanwhile
+                self.known[key] = made
             return result
         if found is None:
-            if len(known) >= MOST:
-                known.clear()
-            known[key] = _SEEN
-        return call(first, *rest)
+            _remember(self.known, key, _SEEN)
+        return self.call(first, *rest)
 
-    return run
+    def record(self, first: Tensor, *rest: Any) -> FunctionType | None:
+        """What replays such a call now: a function of all its tensors, in order. It gives None for tensors that are aligned otherwise."""
+        found = self.known.get(_like(first.get_device(), first, rest)[0])
+        return found if type(found) is FunctionType else None
+
+
+class Repeats:
+    """Records of calls by the few tensors and numbers in which they differ, for callers that check arguments and hold the other tensors.
+
+    What was checked once is not checked again, nor asked of tensors that stay. So a key must tell everything that the checks look at.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Any, FunctionType] = kernels.remember({})
+
+    @staticmethod
+    def key(tensors: Sequence[Any], *rest: Any) -> Any:
+        """For ``known``. None of a call that must take the long way: traced, under a mode of torch, not on the current GPU."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return None
+        first = tensors[0]
+        if type(first) is not Tensor or (index := first.get_device()) < 0 or index != launch.current_device():
+            return None
+        like: list[Any] = [index, kernels.state(), torch.is_grad_enabled()]
+        for x in rest:
+            if type(x) not in _PLAIN:
+                return None
+            like += x, type(x)
+        for x in tensors:
+            if type(x) is not Tensor or x.get_device() != index:
+                return None
+            like += x.shape, x.stride(), x.dtype, x.requires_grad
+        return tuple(like)
+
+    def note(self, key: Any, operator: replayed, *args: Any) -> None:
+        """After a call of ``operator`` as it is called where ``key`` is that of its caller."""
+        if key is not None and (record := operator.record(*args)) is not None:
+            _remember(self.known, key, record)
+
+
+def _like(index: int, first: Tensor, rest: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """All that a call depends on but addresses, and its tensors."""
+    tensors = [first]
+    like = [index, kernels.state(), first.shape, first.stride(), first.dtype]
+    for x in rest:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            like += x.shape, x.stride(), x.dtype
+        elif type(x) is list or type(x) is tuple:
+            tensors += x
+            like.append(len(x))
+            for y in x:
+                like += y.shape, y.stride(), y.dtype
+        else:
+            like.append(x)
+    return tuple(like), tensors
+
+
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= MOST:
+        known.clear()
+    known[key] = value
 
 
 class _Address:

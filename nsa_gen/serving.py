@@ -15,14 +15,17 @@ from .cache import MOST_TOKENS, PagedKVCache
 from .config import COUNTERS
 from .errors import InputError
 from .register import register
+from .replay import Repeats, replayed
 
 __all__ = ["nsa_decode", "nsa_prefill"]
 
+_decode = replayed(decode.decode)
+_repeats = Repeats()
 _nsa_decode = register(
     "nsa_decode",
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor tables, Tensor slots, Tensor lengths, Tensor arrived, Tensor[] scales, "
     "Tensor g_cmp, Tensor g_slc, Tensor g_swa, str key, int max_seqlen, float scale) -> Tensor",
-    decode.decode,
+    _decode,
     decode.decode_fake,
 )
 
@@ -68,6 +71,13 @@ def nsa_decode(
         NotTuned: ``NSA_GEN_STRICT=1`` and no exact tuned row.
     """
     g = cache.geometry
+    key = None
+    if sequences is None:
+        key = _repeats.key((q, g_cmp, g_slc, g_swa, slots), cache.serial, layer, max_seqlen, scale)
+        if (record := _repeats.known.get(key)) is not None:
+            held = *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, *cache.scales[layer]
+            if (o := record(q, *held, g_cmp, g_slc, g_swa)) is not None:
+                return o.squeeze(1) if q.dim() == 3 else o
     if not isinstance(q, Tensor) or q.dim() not in (3, 4):
         raise InputError(f"q must be [S, Hq, Dqk] or [S, n, Hq, Dqk], got {list(q.shape) if isinstance(q, Tensor) else type(q).__name__}")
     single = q.dim() == 3
@@ -99,11 +109,13 @@ def nsa_decode(
         raise InputError(f"q has {count} sequences of {tokens} tokens, the cache counts for {most}: give it more max_sequences")
     assert slots is not None
     if g_cmp.dtype is not g_slc.dtype or g_cmp.dtype is not g_swa.dtype:
-        g_cmp, g_slc, g_swa = g_cmp.float(), g_slc.float(), g_swa.float()
-    o = _nsa_decode(
+        key, g_cmp, g_slc, g_swa = None, g_cmp.float(), g_slc.float(), g_swa.float()
+    args = (
         q, *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, cache.scales[layer], g_cmp, g_slc, g_swa, g.key,
         max_seqlen, scale_of(scale, g),
     )  # fmt: skip
+    o = _nsa_decode(*args)
+    _repeats.note(key, _decode, *args)
     return o.squeeze(1) if single else o
 
 

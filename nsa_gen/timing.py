@@ -102,7 +102,7 @@ def measure(
     return Timing.of(samples, graph=timer.graph)
 
 
-def streamed(fn: Callable[[], object], *, calls: int = 50, samples: int = 9) -> Timing:
+def streamed(fn: Callable[[], object], *, calls: int = 50, samples: int = 25) -> Timing:
     """Time a call of ``fn`` where ``calls`` of them are launched one after the other and none is waited for: as without graphs.
 
     The longer one of host and device time, then: neither hides, and what a call leaves in L2 the next one finds.

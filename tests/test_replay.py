@@ -268,6 +268,71 @@ def test_what_is_remembered_is_bounded(device, monkeypatch):
     assert len(known) <= 3
 
 
+def test_a_caller_finds_the_record_of_a_call_that_was_replayed(device, monkeypatch):
+    """By what it was given itself, and again only after `kernels.clear` if that has forgotten it."""
+    monkeypatch.setattr(launch, "current_device", lambda: INDEX)
+    run, repeats = replay.replayed(whole), replay.Repeats()
+
+    def caller(q, a, b, gate, factor):
+        key = repeats.key((q, gate), factor)
+        if (record := repeats.known.get(key)) is not None:
+            return record(q, a, b, gate)
+        result = run(q, [a, b], gate, factor)
+        repeats.note(key, run, q, [a, b], gate, factor)
+        return result
+
+    found = []
+    for seed in range(5):
+        q, (a, b), gate = arguments(seed)
+        got, itself = calls(caller, q, a, b, gate, 0.25)
+        same(got, whole(q, [a, b], gate, 0.25))
+        found.append(itself)
+    assert found == [True, True, False, False, False] and len(repeats.known) == 1
+    kernels.clear()
+    assert not repeats.known
+    assert calls(caller, q, a, b, gate, 0.25)[1]
+
+
+def test_what_tells_calls_of_a_caller_apart(device, monkeypatch):
+    monkeypatch.setattr(launch, "current_device", lambda: INDEX)
+    x, y = torch.zeros(4, 6), torch.zeros(4)
+    key = replay.Repeats.key
+    base = key((x, y), 3, None)
+    assert base is not None and base == key((x.clone(), torch.ones(4)), 3, None)
+    others = [
+        key((x[:3], y), 3, None), key((x.t().contiguous().t(), y), 3, None), key((x.double(), y), 3, None), key((x, y), 3.0, None),
+        key((x, y), 4, None), key((x.clone().requires_grad_(), y), 3, None),
+    ]  # fmt: skip
+    with torch.no_grad():
+        others.append(key((x, y), 3, None))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "state", lambda: ("an override",))
+        others.append(key((x, y), 3, None))
+    assert len({base, *others}) == 1 + len(others) and None not in others
+
+
+def test_calls_of_other_things_take_the_long_way(device, monkeypatch):
+    monkeypatch.setattr(launch, "current_device", lambda: INDEX)
+    x, key = torch.zeros(4), replay.Repeats.key
+    assert key((x,), 1) is not None
+    for tensors, number in (
+        ((x, None), 1),
+        ((x, "x"), 1),
+        ((None,), 1),
+        ((torch.nn.Parameter(x),), 1),
+        ((x,), True),
+        ((x,), [1]),
+        ((x,), x),
+    ):
+        assert key(tensors, number) is None
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert key((x,), 1) is None
+    monkeypatch.setattr(launch, "current_device", lambda: INDEX + 1)
+    assert key((x,), 1) is None
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: -1)
+    assert key((x,), 1) is None
+
+
 def test_operators_are_replayed_and_calls_on_the_cpu_are_not():
     run = replay.replayed(whole)
     assert all(calls(run, *arguments(seed), 0.25)[1] for seed in range(4))

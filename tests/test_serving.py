@@ -9,7 +9,7 @@ from interpreter import few_programs
 from test_cache import spec
 
 import nsa_gen
-from nsa_gen import reference
+from nsa_gen import reference, serving
 from nsa_gen.branches import decode
 from nsa_gen.errors import InputError, UnknownSequence
 
@@ -36,10 +36,13 @@ class Stream:
         chosen = {"page_size": 32, "max_sequences": 16, "max_seqlen": 640, "device": DEVICE} | options
         return nsa_gen.PagedKVCache(self.spec, 400, **chosen)
 
-    def part(self, first: int, last: int):
-        """K and V of some tokens, as the cache takes them."""
-        k, v = (tuple(x[first:last] for x in several) for several in (self.k, self.v))
+    def at(self, tokens):
+        """K and V of some tokens, by an index of them, as the cache takes them."""
+        k, v = (tuple(x[tokens] for x in several) for several in (self.k, self.v))
         return (k, v) if self.kv == "per_branch" else (k[0], v[0])
+
+    def part(self, first: int, last: int):
+        return self.at(slice(first, last))
 
     def trained(self):
         """``o [n,Hq,Dv]`` and ``block_indices [n,Hkv,count]``: on a GPU by the kernels that train; the interpreter is too slow."""
@@ -231,6 +234,37 @@ def test_what_is_not_decoded():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("kv", ["shared", "per_branch"])
+def test_repeated_steps_are_checked_once(kv, single, monkeypatch):
+    """From the third step on nothing is asked again, numbers are right, and what is wrong is still refused."""
+    stream = Stream(400, dtype=torch.bfloat16, kv=kv)
+    o, _ = stream.trained()
+    cache = stream.cache()
+    s, t = cache.create(), cache.create()
+    cache.append([s, t], *stream.at(torch.cat([torch.arange(30), torch.arange(200)])), [30, 200])
+    slots, asked = cache.slots([s, t]), []
+    for module, name in ((serving, "_check"), (type(cache), "_given")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real, name=name: (asked.append(name), real(*args))[1])
+    for step in range(8):
+        at = torch.tensor([30 + step, 200 + step], device=DEVICE)
+        cache.reserve([s, t], [1, 1])
+        asked.clear()
+        cache.write(*stream.at(at), slots)
+        q, *gates = (x[at] if single else x[at][:, None] for x in (stream.q, *stream.gates))
+        found = nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
+        assert asked == (["_given", "_check"] if step < 2 else [])
+        torch.testing.assert_close(found, o[at] if single else o[at][:, None], rtol=2e-2, atol=2e-2)
+    with pytest.raises(InputError, match="q must be"):
+        nsa_gen.nsa_decode(q.half(), *gates, cache=cache, slots=slots)
+    with pytest.raises(InputError, match="slots must be int32"):
+        nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots.long())
+    with pytest.raises(InputError, match="max_seqlen must be"):
+        nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots, max_seqlen=float(cache.max_seqlen))
+
+
+@pytest.mark.gpu
 def test_one_graph_serves_every_length():
     stream = Stream(400, dtype=torch.bfloat16)
     o, _ = stream.trained()
@@ -249,7 +283,7 @@ def test_one_graph_serves_every_length():
         found = nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
     for step in range(100):
         at = torch.tensor([30 + step, 200 + step], device=DEVICE)
-        cache.append([s, t], stream.k[0][at], stream.v[0][at])
+        cache.append([s, t], *stream.at(at))
         q.copy_(stream.q[at])
         for gate, whole in zip(gates, stream.gates, strict=True):
             gate.copy_(whole[at])
