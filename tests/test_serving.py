@@ -9,7 +9,7 @@ from interpreter import few_programs
 from test_cache import spec
 
 import nsa_gen
-from nsa_gen import reference, serving
+from nsa_gen import kernels, reference, serving
 from nsa_gen.branches import decode
 from nsa_gen.errors import InputError, UnknownSequence
 
@@ -238,6 +238,7 @@ def test_what_is_not_decoded():
 @pytest.mark.parametrize("kv", ["shared", "per_branch"])
 def test_repeated_steps_are_checked_once(kv, single, monkeypatch):
     """From the third step on nothing is asked again, numbers are right, and what is wrong is still refused."""
+    kernels.clear()  # records of other tests
     stream = Stream(400, dtype=torch.bfloat16, kv=kv)
     o, _ = stream.trained()
     cache = stream.cache()

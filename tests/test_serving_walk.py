@@ -114,16 +114,16 @@ def test_what_is_broken_is_found(kv: str, broken: Callable[[pytest.MonkeyPatch],
         serving_walk.walk(kv, "float32", 200, 1, DEVICE)
 
 
-def _misses_the_last_token(q: torch.Tensor, *gates: torch.Tensor, cache: nsa_gen.PagedKVCache, sequences: list[int]) -> torch.Tensor:
+def _misses_the_last_token(q: torch.Tensor, *gates: torch.Tensor, cache: nsa_gen.PagedKVCache, **how: Any) -> torch.Tensor:
     lengths = cache.lengths.clone()
     cache.lengths.copy_((lengths - 1).clamp(min=q.shape[1] if q.dim() == 4 else 1))
-    o = nsa_gen.nsa_decode(q, *gates, cache=cache, sequences=sequences)
+    o = nsa_gen.nsa_decode(q, *gates, cache=cache, **how)
     cache.lengths.copy_(lengths)
     return o
 
 
-def _leaves_a_counter(*given: torch.Tensor, cache: nsa_gen.PagedKVCache, sequences: list[int]) -> torch.Tensor:
-    o = nsa_gen.nsa_decode(*given, cache=cache, sequences=sequences)
+def _leaves_a_counter(*given: torch.Tensor, cache: nsa_gen.PagedKVCache, **how: Any) -> torch.Tensor:
+    o = nsa_gen.nsa_decode(*given, cache=cache, **how)
     cache.arrived[-1] = 1
     return o
 
