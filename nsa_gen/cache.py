@@ -130,7 +130,7 @@ class PagedKVCache:
             k_scale=k_scale, v_scale=v_scale, phi_k=phi_k, phi_v=phi_v, device=self.device,
         )  # fmt: skip
         self.layers, self.max_seqlen = layers, max_seqlen
-        self.serial = next(_serials)  # no other cache has it, nor will one
+        self.serial = next(_serials)  # no other cache has it, nor will one, but for copies
         self.k_pages, self.v_pages, self.phi, self.scales = self._rows.k_pages, self._rows.v_pages, self._rows.phi, self._rows.scales
         self.device = self.k_pages.device  # with its index
         made = {"dtype": torch.int32, "device": self.device}
@@ -279,7 +279,7 @@ class PagedKVCache:
         several = self.per_branch and type(k) is type(v) is tuple and len(k) == len(v) == 3
         new = (slots, *k, *v) if several else (slots, k, v)
         key = _repeats.key(new, self.serial, layer)
-        if (record := _repeats.known.get(key)) is not None:
+        if key is not None and (record := _repeats.known.get(key)) is not None:
             held = *self.layer(layer), self.tables, *self._rows.stored_scales[layer], self.lengths, *itertools.chain(*self.phi[layer])
             if record(*new, *held) is not None:
                 return

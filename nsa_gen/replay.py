@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import kernels, launch, paths
 from .launch import TensorDescriptor
 
-#: Calls of an operator that are remembered; past it, all are forgotten.
-MOST = 1024
+#: Calls of an operator that are remembered; past it, all are forgotten. Of its callers' there are more: those of each layer of a cache.
+MOST, MOST_REPEATS = 1024, 16384
 _SEEN, _NEVER = "seen once", "not replayable"
 _PLAIN = (int, float, NoneType)
 _ALIGNMENT = 256
@@ -66,7 +66,7 @@ class replayed:
                 self.known[key] = made
             return result
         if found is None:
-            _remember(self.known, key, _SEEN)
+            _remember(self.known, key, _SEEN, MOST)
         return self.call(first, *rest)
 
     def record(self, first: Tensor, *rest: Any) -> FunctionType | None:
@@ -78,7 +78,7 @@ class replayed:
 class Repeats:
     """Records of calls by the few tensors and numbers in which they differ, for callers that check arguments and hold the other tensors.
 
-    What was checked once is not checked again, nor asked of tensors that stay. So a key must tell everything that the checks look at.
+    What was checked once is not checked again, nor asked of tensors that stay as they are. So a key must tell all that checks look at.
     """
 
     def __init__(self) -> None:
@@ -86,27 +86,28 @@ class Repeats:
 
     @staticmethod
     def key(tensors: Sequence[Any], *rest: Any) -> Any:
-        """For ``known``. None of a call that must take the long way: traced, under a mode of torch, not on the current GPU."""
+        """For ``known``. None of a call that takes the long way: traced, under a mode of torch, for gradients, not on the current GPU."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return None
         first = tensors[0]
         if type(first) is not Tensor or (index := first.get_device()) < 0 or index != launch.current_device():
             return None
-        like: list[Any] = [index, kernels.state(), torch.is_grad_enabled()]
+        like: list[Any] = [index, kernels.state()]
+        gradients = torch.is_grad_enabled()
         for x in rest:
             if type(x) not in _PLAIN:
                 return None
             like += x, type(x)
         for x in tensors:
-            if type(x) is not Tensor or x.get_device() != index:
+            if type(x) is not Tensor or x.get_device() != index or (gradients and x.requires_grad):
                 return None
-            like += x.shape, x.stride(), x.dtype, x.requires_grad
+            like += x.shape, x.stride(), x.dtype
         return tuple(like)
 
     def note(self, key: Any, operator: replayed, *args: Any) -> None:
         """After a call of ``operator`` as it is called where ``key`` is that of its caller."""
         if key is not None and (record := operator.record(*args)) is not None:
-            _remember(self.known, key, record)
+            _remember(self.known, key, record, MOST_REPEATS)
 
 
 def _like(index: int, first: Tensor, rest: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -127,8 +128,8 @@ def _like(index: int, first: Tensor, rest: Sequence[Any]) -> tuple[tuple[Any, ..
     return tuple(like), tensors
 
 
-def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(known) >= MOST:
+def _remember(known: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    if len(known) >= most:
         known.clear()
     known[key] = value
 

@@ -49,6 +49,14 @@ def test_lengths(branches, together):
 
 
 @runs
+@pytest.mark.parametrize(("block", "stride", "warps"), [(16, 4, 4), (16, 8, 2), (64, 4, 1), (64, 8, 2), (64, 16, 4)])
+def test_keys_of_a_tile_in_the_order_of_tensor_cores(block, stride, warps):
+    """Blocks of 2 to 16 units in tiles of 64 keys: a thread's scores are a block's."""
+    p = problem(selection_block=block, stride=stride, block=2 * stride, page_size=64, window=100, tokens=2)
+    held(p, built(p, BLOCK_N=64, BLOCK_B=32, num_warps=warps), (300, 77, 5))
+
+
+@runs
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 16])
 def test_groups(branches, group):
@@ -284,5 +292,6 @@ def test_compiles(arch, compiled_python):
     limit, found = json.loads(compiled_python(COMPILE, arch).splitlines()[-1])
     assert {name for name, _, _ in found} == {"decode_fwd_kernel", "decode_chosen_fwd_kernel", "cache_append_kernel"}
     assert all(shared <= limit for _, shared, _ in found), found
-    # An exact division calls a function where numbers are tiny, and what it needs is put aside for that.
-    assert [x for x in found if arch == "sm_90" and x[2] > 32] == []
+    # In cache_append an exact division calls a function where numbers are tiny, and what it needs is put aside for that. Decoding keeps to
+    # as many registers as let another program be there, for a few words put aside.
+    assert [x for x in found if arch == "sm_90" and x[2] > (32 if x[0] == "cache_append_kernel" else 16)] == []

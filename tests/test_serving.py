@@ -233,6 +233,26 @@ def test_what_is_not_decoded():
         nsa_gen.nsa_decode(q, *gates, cache=cache, sequences=[-5])
 
 
+@runs
+def test_records_of_eager_steps_do_not_recompile(monkeypatch):
+    stream = Stream(40)
+    cache = stream.cache()
+    s = cache.create()
+    cache.append([s], *stream.part(0, 40))
+    q, gates, slots = stream.q[-1:], [g[-1:] for g in stream.gates], cache.slots([s])
+
+    def step(q, *gates):
+        return 2 * nsa_gen.nsa_decode(q, *gates, cache=cache, slots=slots)
+
+    graphs = []
+    compiled = torch.compile(step, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1], fullgraph=True)
+    wanted = step(q, *gates)
+    for i in range(10):
+        monkeypatch.setitem(serving._repeats.known, (i, int, q.shape, q.dtype), step)
+        assert torch.equal(compiled(q, *gates), wanted)
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("kv", ["shared", "per_branch"])
