@@ -278,8 +278,8 @@ class PagedKVCache:
         """
         several = self.per_branch and type(k) is type(v) is tuple and len(k) == len(v) == 3
         new = (slots, *k, *v) if several else (slots, k, v)
-        key = _repeats.key(new, self.serial, layer)
-        if key is not None and (record := _repeats.known.get(key)) is not None:
+        key, record = _repeats.find(new, self.serial, layer)
+        if record is not None:
             held = *self.layer(layer), self.tables, *self._rows.stored_scales[layer], self.lengths, *itertools.chain(*self.phi[layer])
             if record(*new, *held) is not None:
                 return

@@ -84,9 +84,14 @@ class Repeats:
     def __init__(self) -> None:
         self.known: dict[Any, FunctionType] = kernels.remember({})
 
+    def find(self, tensors: Sequence[Any], *rest: Any) -> tuple[Any, FunctionType | None]:
+        """The key of a call, for :meth:`note`, and its record if there is one."""
+        key = self.key(tensors, *rest)
+        return key, None if key is None else self.known.get(key)  # a traced call would depend on all that is known
+
     @staticmethod
     def key(tensors: Sequence[Any], *rest: Any) -> Any:
-        """For ``known``. None of a call that takes the long way: traced, under a mode of torch, for gradients, not on the current GPU."""
+        """None of a call that takes the long way: traced, under a mode of torch, for gradients, not on the current GPU."""
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return None
         first = tensors[0]

@@ -73,8 +73,8 @@ def nsa_decode(
     g = cache.geometry
     key = None
     if sequences is None:
-        key = _repeats.key((q, g_cmp, g_slc, g_swa, slots), cache.serial, layer, max_seqlen, scale)
-        if key is not None and (record := _repeats.known.get(key)) is not None:
+        key, record = _repeats.find((q, g_cmp, g_slc, g_swa, slots), cache.serial, layer, max_seqlen, scale)
+        if record is not None:
             held = *cache.layer(layer), cache.tables, slots, cache.lengths, cache.arrived, *cache.scales[layer]
             if (o := record(q, *held, g_cmp, g_slc, g_swa)) is not None:
                 return o.squeeze(1) if q.dim() == 3 else o

@@ -274,8 +274,8 @@ def test_a_caller_finds_the_record_of_a_call_that_was_replayed(device, monkeypat
     run, repeats = replay.replayed(whole), replay.Repeats()
 
     def caller(q, a, b, gate, factor):
-        key = repeats.key((q, gate), factor)
-        if (record := repeats.known.get(key)) is not None:
+        key, record = repeats.find((q, gate), factor)
+        if record is not None:
             return record(q, a, b, gate)
         result = run(q, [a, b], gate, factor)
         repeats.note(key, run, q, [a, b], gate, factor)
