@@ -9,7 +9,7 @@ import torch
 from gradient_cases import DEVICE
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, precondition, rule
 
 import nsa_gen
 from nsa_gen import reference
@@ -64,10 +64,17 @@ class Walk(RuleBasedStateMachine):
 
     sequences = Bundle("sequences")
 
-    @initialize(kv=st.sampled_from(("shared", "per_branch")), pages=st.integers(0, 40), rewind=st.integers(0, 20))
+    @initialize(target=sequences, kv=st.sampled_from(("shared", "per_branch")), pages=st.integers(0, 40), rewind=st.integers(0, 20))
     def begin(self, kv, pages, rewind):
+        """One sequence is there: else most walks would end at once, for want of one."""
         self.kv, self.model, self.step = kv, {}, 0
         self.cache = cache(kv=kv, pages=pages, rewind=rewind)
+        return self.made()
+
+    def made(self):
+        sequence = self.cache.create()
+        self.model[sequence] = tokens(0, self.kv)
+        return sequence
 
     def state(self):
         found = {s: [self.cache.length(s), *self.contents(s)] for s in self.model}
@@ -91,10 +98,9 @@ class Walk(RuleBasedStateMachine):
             with pytest.raises(OutOfPages, match="5 sequences exist"):
                 self.cache.create()
             return multiple()
-        made = self.cache.create()
-        self.model[made] = tokens(0, self.kv)
-        return made
+        return self.made()
 
+    @precondition(lambda self: self.model)
     @rule(some=st.dictionaries(sequences, st.integers(0, 60), min_size=1, max_size=3))
     def append(self, some):
         self.step += 1
